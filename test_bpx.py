@@ -1,0 +1,1109 @@
+"""What bpx.py must do: literal tables first, a class per layer of the file.
+
+python -m unittest, in an environment that has PyNaCl.
+"""
+
+import base64
+import contextlib
+import decimal
+import doctest
+import enum
+import hashlib
+import http.server
+import io
+import json
+import os
+import pathlib
+import pickle
+import re
+import subprocess
+import sys
+import threading
+import time
+import traceback
+import types
+import unittest
+import urllib.parse
+import zipfile
+from unittest import mock
+
+import nacl.bindings
+import nacl.signing
+
+import bpx
+
+HERE = pathlib.Path(__file__).resolve().parent
+GUIDE = "TDSkv44jf/iD/QCKkyCdixO+p1sfLXxk+PZH7mW/ams="
+SECOND = "4odxgSUxFrC/zsKWZF4OQwYAgnNu9hnWH3NxWfLAPz4="
+API_KEYS = {
+    GUIDE: "5+yQgwU0ZdJ/9s+GXfuPFfo7yQQpl9CgvQedJXne30o=",
+    SECOND: "zDIJj9qneWIY0IYZ5aXoHcNMCm+XDhVcTssiT0HyY0A=",
+}
+
+# Made with other implementations: cryptography for all of them, and for those
+# from documents bpx-py 2.0.11, backpack-exchange-sdk 1.1.4 and openssl too.
+# (name, secret key, instruction, params, timestamp, window, canonical string,
+# signature)
+VECTORS = [
+    # Backpack Exchange Python API guide, Retrieving a Deposit Address
+    # (parameters and key; timestamp fixed here)
+    (
+        "deposit address",
+        GUIDE,
+        "depositAddressQuery",
+        {"blockchain": "Solana"},
+        1750793021519,
+        5000,
+        "instruction=depositAddressQuery&blockchain=Solana&timestamp=17"
+        "50793021519&window=5000",
+        "UP5Dl28ZNszPhy8HHPZbmLlh+3R46/6Ssbk8vj987syjWCNUJnhNey4RDkfKD5"
+        "WWzun6iPKUL5++7A0piffrDg==",
+    ),
+    # Backpack Exchange Python API guide, Executing an Order (parameters
+    # and key; timestamp fixed here)
+    (
+        "limit order",
+        GUIDE,
+        "orderExecute",
+        {
+            "symbol": "SOL_USDC",
+            "side": "Bid",
+            "orderType": "Limit",
+            "price": "170.50",
+            "quantity": "1.0",
+            "timeInForce": "GTC",
+            "clientId": 123456,
+            "selfTradePrevention": "RejectTaker",
+        },
+        1750793021519,
+        5000,
+        "instruction=orderExecute&clientId=123456&orderType=Limit&price"
+        "=170.50&quantity=1.0&selfTradePrevention=RejectTaker&side=Bid&"
+        "symbol=SOL_USDC&timeInForce=GTC&timestamp=1750793021519&window"
+        "=5000",
+        "KKMji+Yn8YrlqDUFSQNlVt4Wm/KflOp68yytrV6t48DITYfTqaxij8/UY4b+Tx"
+        "JaH0rrAfvSRehrEWdCTc2wAg==",
+    ),
+    # Backpack Exchange Python API guide, .env example key
+    (
+        "second key of the guide",
+        SECOND,
+        "orderExecute",
+        {
+            "symbol": "SOL_USDC",
+            "side": "Bid",
+            "orderType": "Limit",
+            "price": "170.50",
+            "quantity": "1.0",
+            "timeInForce": "GTC",
+            "clientId": 123456,
+            "selfTradePrevention": "RejectTaker",
+        },
+        1750793021519,
+        5000,
+        "instruction=orderExecute&clientId=123456&orderType=Limit&price"
+        "=170.50&quantity=1.0&selfTradePrevention=RejectTaker&side=Bid&"
+        "symbol=SOL_USDC&timeInForce=GTC&timestamp=1750793021519&window"
+        "=5000",
+        "PDjvYVJO3gquThUnAr01mP2TagNpVK3G1QmuE72WQh7E2mvasfQvRW5lAmXJKE"
+        "OhWdHxz28SRrGSiugVcCo7BQ==",
+    ),
+    # docs.backpack.exchange, Signature Generation (string as printed there)
+    (
+        "cancel order",
+        GUIDE,
+        "orderCancel",
+        {"orderId": 28, "symbol": "BTC_USDT"},
+        1614550000000,
+        5000,
+        "instruction=orderCancel&orderId=28&symbol=BTC_USDT&timestamp=1"
+        "614550000000&window=5000",
+        "aKisDELOQeekrU+Up7rS/6gZBp0qunOsPwThvby1n5TaohLLP7NghvHoc4peKN"
+        "GCg/rWC1gtiOKKSW2xNxCGAQ==",
+    ),
+    # docs.backpack.exchange, Signature Generation (string as printed there)
+    (
+        "batch of orders",
+        GUIDE,
+        "orderExecute",
+        [
+            {
+                "symbol": "SOL_USDC_PERP",
+                "side": "Bid",
+                "orderType": "Limit",
+                "price": "141",
+                "quantity": "12",
+            },
+            {
+                "symbol": "SOL_USDC_PERP",
+                "side": "Bid",
+                "orderType": "Limit",
+                "price": "140",
+                "quantity": "11",
+            },
+        ],
+        1750793021519,
+        5000,
+        "instruction=orderExecute&orderType=Limit&price=141&quantity=12"
+        "&side=Bid&symbol=SOL_USDC_PERP&instruction=orderExecute&orderT"
+        "ype=Limit&price=140&quantity=11&side=Bid&symbol=SOL_USDC_PERP&"
+        "timestamp=1750793021519&window=5000",
+        "l1Ktkoi3af0KVm9hiIf8lDont1IjLRb67Qm58QpXwVVYrJrII979yz/Jg3DyC3"
+        "4+r5vyQuS00xAp0QlbA6cpDg==",
+    ),
+    # docs.backpack.exchange, Signature Generation, last paragraph
+    (
+        "no parameters",
+        GUIDE,
+        "balanceQuery",
+        None,
+        1614550000000,
+        5000,
+        "instruction=balanceQuery&timestamp=1614550000000&window=5000",
+        "4KIbQtbDnOO3IXvJDWPg631l9urKfjqgMt/XxsrcMsQufhyIBIgSVgWM6G50rN"
+        "dPz0nACkGj2rk/Inh2rfidAA==",
+    ),
+    # docs.backpack.exchange, Streams, Private (string as printed there)
+    (
+        "private stream subscription",
+        GUIDE,
+        "subscribe",
+        None,
+        1614550000000,
+        5000,
+        "instruction=subscribe&timestamp=1614550000000&window=5000",
+        "/ZisNiUfIIbBKRrLsdRTnZUuMA870U2RQJ+AyGLn0PC6Qb00ZYRSNZMwEItKkC"
+        "dln555j4MMx1lA2iFuOKImBw==",
+    ),
+    # Backpack Exchange Python API guide (rule); parameters chosen here
+    (
+        "booleans in lower case",
+        GUIDE,
+        "orderExecute",
+        {
+            "symbol": "SOL_USDC_PERP",
+            "side": "Ask",
+            "orderType": "Market",
+            "quantity": "2",
+            "reduceOnly": True,
+            "postOnly": False,
+        },
+        1750793021519,
+        5000,
+        "instruction=orderExecute&orderType=Market&postOnly=false&quant"
+        "ity=2&reduceOnly=true&side=Ask&symbol=SOL_USDC_PERP&timestamp="
+        "1750793021519&window=5000",
+        "RW5qEec5zjAmsAcv0dDMAKVOIrkVFOPmfckCLYL2JvBwS2DfkhgvqLCxTbaFmK"
+        "1zVALXLw4zTDdAic3EogTiDA==",
+    ),
+    # parameters of GET /wapi/v1/history/fills; chosen here
+    (
+        "integers and reserved words as names",
+        GUIDE,
+        "fillHistoryQueryAll",
+        {
+            "to": 1750793021519,
+            "from": 1750700000000,
+            "limit": 100,
+            "offset": 0,
+            "symbol": "SOL_USDC",
+        },
+        1750793021519,
+        5000,
+        "instruction=fillHistoryQueryAll&from=1750700000000&limit=100&o"
+        "ffset=0&symbol=SOL_USDC&to=1750793021519&timestamp=17507930215"
+        "19&window=5000",
+        "PKK00uHs1iREIQGqRv5TgKb/N5at7JeE4GSJnGrnd39/VupE89FjN4y1Ii7Di7"
+        "JxgHgDVgknw2vArizjW9HsAQ==",
+    ),
+    # chosen here
+    (
+        "longest window",
+        GUIDE,
+        "accountQuery",
+        {},
+        1750793021519,
+        60000,
+        "instruction=accountQuery&timestamp=1750793021519&window=60000",
+        "g7E4vz90JXPe6V/SIQs3+wTl0hawzDWFcYkNE+TzIjHF31xuyme7Pd25Md+SP0"
+        "mDR1sERzkPKpp63DKrBmZ8CA==",
+    ),
+    # chosen here
+    (
+        "names sort by code point",
+        GUIDE,
+        "orderExecute",
+        {"b": "1", "a": "2", "B": "3", "aa": "4", "A": "5"},
+        1750793021519,
+        5000,
+        "instruction=orderExecute&A=5&B=3&a=2&aa=4&b=1&timestamp=175079"
+        "3021519&window=5000",
+        "c8XMAbL3247X4bRLhgwa/1I/hp3sUMXBcK8j+l5AbamayPMZNxpskn2t78/s7Q"
+        "GWX+1fj5lsmwVfNryyFBLZDA==",
+    ),
+    # chosen here
+    (
+        "values are signed as they are, not percent-encoded",
+        GUIDE,
+        "withdraw",
+        {
+            "address": "rAddr?dt=1 x/+&%é",
+            "blockchain": "XRP",
+            "quantity": "10.00",
+            "symbol": "XRP",
+        },
+        1750793021519,
+        5000,
+        "instruction=withdraw&address=rAddr?dt=1 x/+&%é&blockchain=XRP&"
+        "quantity=10.00&symbol=XRP&timestamp=1750793021519&window=5000",
+        "Zv/poQOowbPYcDlpMG8QmseVCLHKBpvRk/jkT/B+i8+d/4G++akjRm3aUH4b1J"
+        "/Bk2Jijwbifx2Vynqhu7c+DQ==",
+    ),
+    # chosen here
+    (
+        "unset values are left out",
+        GUIDE,
+        "orderQueryAll",
+        {"symbol": "SOL_USDC", "marketType": None},
+        1750793021519,
+        5000,
+        "instruction=orderQueryAll&symbol=SOL_USDC&timestamp=1750793021"
+        "519&window=5000",
+        "EAoIule9TjrOHJqi/H8/82/Gy2p9LtR9grhWiOOQcHE1ZLOolmoLgcOCihbHeY"
+        "ckna1QTz5IMwi6Uqewk3/pCg==",
+    ),
+    # as other public clients do; not defined by the documentation
+    (
+        "a list repeats its name in order",
+        GUIDE,
+        "fillHistoryQueryAll",
+        {"symbol": "SOL_USDC", "marketType": ["SPOT", "PERP"]},
+        1750793021519,
+        5000,
+        "instruction=fillHistoryQueryAll&marketType=SPOT&marketType=PER"
+        "P&symbol=SOL_USDC&timestamp=1750793021519&window=5000",
+        "ZbnLlzrLjXqCmozNdK2aljgcjWjrFycysjJ/cgrrME9yuSWHL+MHZhaM62C7W2"
+        "XzI9AxRraowBceKwvnR8K0CQ==",
+    ),
+    # as the official Rust client does; not defined by the documentation
+    (
+        "a nested object is compact JSON with sorted names",
+        GUIDE,
+        "withdraw",
+        {
+            "address": "A",
+            "blockchain": "Solana",
+            "quantity": "1",
+            "symbol": "SOL",
+            "recipientInformation": {"lastName": "Doe", "firstName": "Ann"},
+        },
+        1750793021519,
+        5000,
+        "instruction=withdraw&address=A&blockchain=Solana&quantity=1&re"
+        'cipientInformation={"firstName":"Ann","lastName":"Doe"}&symbol'
+        "=SOL&timestamp=1750793021519&window=5000",
+        "FIv3Am+UlyZjyvoBHjZOWrYV7bp6kb+UocSA1RfwEE3vfFd9JFWCWZyRTe9gQM"
+        "ZLxcGs2U/XCsi7yVtv7bmiBw==",
+    ),
+]
+
+
+class Side(enum.Enum):
+    BID = "Bid"
+
+
+class Text(str):
+    """Shows something else than its characters, as a str of Enum does."""
+
+    def __str__(self):
+        return "shown"
+
+    __repr__ = __format__ = __str__
+
+
+class Count(int):
+    def __str__(self):
+        return "shown"
+
+    __repr__ = __format__ = __str__
+
+
+class Market(str, enum.Enum):
+    SPOT = "SPOT"
+
+
+class Limit(enum.IntEnum):
+    TEN = 10
+
+
+# The design's table of values:
+# (value, as signed and in a query, as in a JSON body)
+VALUES = [
+    ("", [""], ""),
+    ("170.50", ["170.50"], "170.50"),
+    (
+        "a b/c?d=e&f+g%20~é€😀",
+        ["a b/c?d=e&f+g%20~é€😀"],
+        "a b/c?d=e&f+g%20~é€😀",
+    ),
+    ('"\\\n\x00', ['"\\\n\x00'], '"\\\n\x00'),
+    (Text("Bid"), ["Bid"], "Bid"),
+    (True, ["true"], True),
+    (False, ["false"], False),
+    (0, ["0"], 0),
+    (-(10**30), ["-1" + "0" * 30], -(10**30)),
+    (Count(7), ["7"], 7),
+    (decimal.Decimal("170.50"), ["170.50"], "170.50"),
+    (decimal.Decimal("1E-8"), ["0.00000001"], "0.00000001"),
+    (decimal.Decimal("1E+3"), ["1000"], "1000"),
+    (decimal.Decimal("-0.0"), ["-0.0"], "-0.0"),
+    (decimal.Decimal("1E+999"), ["1" + "0" * 999], "1" + "0" * 999),
+    (decimal.Decimal("1E-999"), ["0." + "0" * 998 + "1"], None),
+    (Side.BID, ["Bid"], "Bid"),
+    (Market.SPOT, ["SPOT"], "SPOT"),
+    (Limit.TEN, ["10"], 10),
+    (enum.Enum("Flag", {"ON": True}).ON, ["true"], True),
+    (enum.Enum("Price", {"P": decimal.Decimal("1E1")}).P, ["10"], "10"),
+    (enum.Enum("Inner", {"I": Side.BID}).I, ["Bid"], "Bid"),
+    (["SPOT", "PERP"], ["SPOT", "PERP"], ["SPOT", "PERP"]),
+    (("b", "a"), ["b", "a"], ["b", "a"]),
+    (
+        [Market.SPOT, None, True, 1, decimal.Decimal("1E1")],
+        ["SPOT", "true", "1", "10"],
+        ["SPOT", True, 1, "10"],
+    ),
+]
+UNSET = [None, enum.Enum("Unset", {"U": None}).U]
+MAPPINGS = [
+    # (value, as signed, as in a body)
+    ({}, "{}", {}),
+    (
+        types.MappingProxyType({"b": "é", "B": None, "a": [1, True]}),
+        '{"a":[1,true],"b":"é"}',
+        {"a": [1, True], "b": "é"},
+    ),
+    (
+        {"z": {Text("y"): Limit.TEN}, "d": decimal.Decimal("1E1")},
+        '{"d":"10","z":{"y":10}}',
+        {"d": "10", "z": {"y": 10}},
+    ),
+]
+LOOP = {}
+LOOP["again"] = LOOP
+# (reason, params, what the error must name)
+BAD_PARAMS = [
+    ("inexact", {"price": 0.1}, "price.*Decimal.*not float"),
+    ("inexact, in a list", {"price": ["1", 0.5]}, "price"),
+    ("inexact, in an object", {"info": {"price": 0.5}}, "price"),
+    ("inexact, as an Enum", {"p": enum.Enum("F", {"F": 0.5}).F}, "p:"),
+    ("not text", {"symbol": b"SOL"}, "symbol.*bytes"),
+    ("no order", {"marketType": {"SPOT"}}, "marketType.*set"),
+    ("no JSON", {"from": object()}, "from.*object"),
+    ("no number", {"price": decimal.Decimal("NaN")}, "price.*finite"),
+    ("no number", {"price": decimal.Decimal("-Infinity")}, "price"),
+    ("would fill the memory", {"p": decimal.Decimal("1E+999999999")}, "p:"),
+    ("would fill the memory", {"p": decimal.Decimal("0E-999999999")}, "p:"),
+    ("not UTF-8", {"symbol": "\ud800"}, "surrogates"),
+    ("not UTF-8", {"\udfff": "x"}, "surrogates"),
+    ("a list in a list", {"marketType": [["SPOT"]]}, "marketType"),
+    ("an object in a list", {"marketType": [{}]}, "marketType"),
+    ("a name that is no str", {1: "x"}, "names as str.*1"),
+    ("a name that is no str", {None: "x"}, "names as str.*None"),
+    ("such a name within", {"info": {b"x": 1}}, "info.*names as str.*x"),
+    ("not a mapping", "symbol=SOL", "mapping"),
+    ("not a mapping", 0, "mapping"),
+    ("not a mapping", False, "mapping"),
+    ("pairs", [("symbol", "SOL")], "mapping"),
+    ("an empty batch", [], "batch"),
+    ("an order that is none", [{"symbol": "SOL"}, None], "mapping"),
+    ("endless", LOOP, "deep"),
+]
+# (reason, arguments of canonical_string, sign_request and build_request)
+BAD_TIMES = [
+    ("too short", {"window": 0}),
+    ("too long", {"window": 60001}),
+    ("negative", {"window": -1}),
+    ("a bool", {"window": True}),
+    ("no int", {"window": 5000.0}),
+    ("no int", {"window": "5000"}),
+    ("negative", {"timestamp": -1}),
+    ("a bool", {"timestamp": True}),
+    ("no int", {"timestamp": 1.5}),
+    ("no int", {"timestamp": "1750793021519"}),
+]
+BAD_INSTRUCTIONS = ["a&b=c", "a\n", " ", b"accountQuery", 5]
+# (reason, key, size that the error must tell)
+BAD_KEYS = [
+    ("empty", "", "0 bytes in 0"),
+    ("a byte short", base64.b64encode(bytes(31)).decode(), "31 bytes"),
+    ("a byte long", base64.b64encode(bytes(33)).decode(), "33 bytes"),
+    ("seed and public key", base64.b64encode(bytes(64)).decode(), "64 bytes"),
+    ("not base64", "!" + GUIDE[1:], "in 44 char"),
+    ("URL-safe base64", GUIDE.replace("/", "_"), "in 44 char"),
+    ("not ASCII", GUIDE[:-1] + "é", "in 44 char"),
+    ("padding left out", GUIDE[:-1], "in 43 char"),
+    ("padding and more", GUIDE + "=", "in 45 char"),
+    ("space within", GUIDE[:20] + " " + GUIDE[20:], "in 45 char"),
+    ("bits that base64 ignores", GUIDE[:-2] + "t=", "32 bytes in 44"),
+    ("hexadecimal", base64.b64decode(GUIDE).hex(), "in 64 char"),
+]
+# (reason, arguments of build_request besides the method and path of an order)
+BAD_REQUESTS = [
+    ("no word", {"method": "GET /"}),
+    ("no word", {"method": "GET\n"}),
+    ("no word", {"method": ""}),
+    ("no str", {"method": b"GET"}),
+    ("relative", {"path": "api/v1/order"}),
+    ("another host", {"path": "//evil.example/api"}),
+    ("another host", {"path": "https://evil.example/api"}),
+    ("another host", {"path": "@evil.example/"}),
+    ("empty", {"path": ""}),
+    ("a query", {"path": "/api/v1/order?symbol=SOL"}),
+    ("a fragment", {"path": "/api/v1/order#a"}),
+    ("a line break", {"path": "/api/v1/order\n"}),
+    ("a line break", {"path": "/api/v1/order\r\nX: y"}),
+    ("a space", {"path": "/api/v1/ order"}),
+    ("not ASCII", {"path": "/api/v1/é"}),
+    ("a backslash", {"path": "/\\evil.example"}),
+    ("no str", {"path": None}),
+    ("no TLS", {"base_url": "http://api.backpack.exchange"}),
+    ("no TLS", {"base_url": "http://localhost.evil.example"}),
+    ("no TLS", {"base_url": "http://127.0.0.1.evil.example"}),
+    ("no TLS", {"base_url": "http://127.0.0.256"}),
+    ("no TLS", {"base_url": "http://128.0.0.1"}),
+    ("no TLS", {"base_url": "http://127.0.0.1@evil.example"}),
+    ("a user", {"base_url": "https://user:word@api.backpack.exchange"}),
+    ("a query", {"base_url": "https://api.backpack.exchange?x="}),
+    ("a fragment", {"base_url": "https://api.backpack.exchange#"}),
+    ("a line break", {"base_url": "https://api.backpack.exchange\n"}),
+    ("another protocol", {"base_url": "file:///etc/passwd"}),
+    ("no host", {"base_url": "https://"}),
+    ("no host", {"base_url": "https:///api"}),
+    ("no port", {"base_url": "https://api.backpack.exchange:x"}),
+    ("empty", {"base_url": ""}),
+    ("no str", {"base_url": b"https://api.backpack.exchange"}),
+    ("a line break", {"headers": {"X-A": "b\r\nX-C: d"}}),
+    ("a line break", {"headers": {"X-A": "b\n"}}),
+    ("a line break", {"headers": {"X-A\n": "b"}}),
+    ("a colon", {"headers": {"X: A": "b"}}),
+    ("no name", {"headers": {"": "b"}}),
+    ("not ASCII", {"headers": {"X-\u212a": "b"}}),
+    ("not ASCII", {"headers": {"X-A": "é"}}),
+    ("no str", {"headers": {"X-A": 1}}),
+    ("where the body ends", {"headers": {"content-length": "5"}}),
+    ("where the body ends", {"headers": {"Transfer-Encoding": "chunked"}}),
+    ("an answer not to be read", {"headers": {"Accept-Encoding": "gzip"}}),
+    ("another host", {"headers": {"Host": "evil.example"}}),
+    ("signed, but without a key", {"secret_key": None}),
+    ("a key that nothing is signed with", {"path": "/api/v1/ping"}),
+    ("a key, but known by another method", {"method": "PUT"}),
+    ("no str", {"secret_key": GUIDE.encode()}),
+    ("no str", {"secret_key": ["x"]}),
+    ("an unknown option", {"secret": GUIDE}),
+]
+BAD_TIMEOUTS = [0, -1, True, None, "5", float("nan"), float("inf"), 1e10]
+
+
+class Exchange(http.server.ThreadingHTTPServer):
+    """Answers what .answer holds, and keeps in .seen what it was sent."""
+
+    daemon_threads = True
+    answer = (200, {}, b"{}")
+
+    def __enter__(self):
+        self.seen = []
+        self.url = "http://127.0.0.1:%d" % self.server_address[1]
+        threading.Thread(target=self.serve_forever, args=(0.01,)).start()
+        return self
+
+    def __exit__(self, *error):
+        self.shutdown()
+        self.server_close()
+
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    protocol_version, timeout = "HTTP/1.1", 5
+    disable_nagle_algorithm = True
+
+    def respond(self):
+        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        path, _, query = self.path.partition("?")
+        self.server.seen.append(
+            types.SimpleNamespace(
+                method=self.command,
+                path=path,
+                pairs=urllib.parse.parse_qsl(query, keep_blank_values=True),
+                body=json.loads(body) if body else None,
+                headers=self.headers,
+                query=query,
+            )
+        )
+        status, headers, answer = self.server.answer
+        self.send_response(status)
+        for name, value in headers.items():
+            self.send_header(name, value)
+        self.send_header("Content-Length", str(len(answer)))
+        self.end_headers()
+        self.wfile.write(answer)
+
+    do_GET = do_POST = do_DELETE = do_PATCH = do_PUT = respond
+
+    def log_message(self, *args):
+        pass
+
+
+def signed_text(seen, instruction):
+    """The canonical string, by the documentation, of what was on the wire."""
+    orders = seen.body if isinstance(seen.body, list) else [seen.body or {}]
+    parts = []
+    for order in orders:
+        pairs = list(seen.pairs)
+        for name, value in order.items():
+            for item in value if isinstance(value, list) else [value]:
+                if isinstance(item, bool):
+                    item = str(item).lower()
+                elif isinstance(item, dict):
+                    item = json.dumps(
+                        item,
+                        ensure_ascii=False,
+                        separators=(",", ":"),
+                        sort_keys=True,
+                    )
+                pairs.append((name, item))
+        pairs.sort(key=lambda pair: pair[0])
+        parts += [
+            "%s=%s" % pair for pair in [("instruction", instruction)] + pairs
+        ]
+    times = seen.headers["X-Timestamp"], seen.headers["X-Window"]
+    return "&".join(parts) + "&timestamp=%s&window=%s" % times
+
+
+def verify(seen, instruction):
+    """Raise unless the signature on the wire is that of what is there."""
+    key = nacl.signing.VerifyKey(base64.b64decode(seen.headers["X-API-Key"]))
+    key.verify(
+        signed_text(seen, instruction).encode(),
+        base64.b64decode(seen.headers["X-Signature"]),
+    )
+
+
+class ExchangeCase(unittest.TestCase):
+    @classmethod
+    def setUpClass(cls):
+        stack = contextlib.ExitStack()
+        cls.addClassCleanup(stack.close)
+        server = Exchange(("127.0.0.1", 0), Handler)
+        cls.exchange = stack.enter_context(server)
+
+    def setUp(self):
+        self.exchange.seen.clear()
+        self.exchange.answer = (200, {}, b"{}")
+
+    def send(self, method, path, params=None, **options):
+        options.setdefault("base_url", self.exchange.url)
+        answer = bpx.request(method, path, params, **options)
+        self.assertEqual(len(self.exchange.seen), 1)
+        return answer, self.exchange.seen.pop()
+
+
+def shown(error):
+    """All that a log could show of an error, and of those behind it."""
+    texts, chain = [], [error]
+    while chain:
+        error = chain.pop()
+        texts += traceback.format_exception(type(error), error, None)
+        texts += traceback.format_tb(error.__traceback__)
+        texts += [repr(error), repr(vars(error)), repr(error.args)]
+        chain += filter(None, [error.__cause__, error.__context__])
+    return "".join(texts)
+
+
+class CanonicalString(unittest.TestCase):
+    def test_vectors(self):
+        for name, _, instruction, params, *times, text, _ in VECTORS:
+            with self.subTest(name):
+                found = bpx.canonical_string(instruction, params, *times)
+                self.assertEqual(found, text)
+
+    def test_values(self):
+        for value, texts, _ in VALUES:
+            with self.subTest(repr(value)):
+                found = bpx.canonical_string("a", {"n": value, "z": "1"}, 5)
+                pairs = "".join("&n=" + text for text in texts)
+                expected = (
+                    "instruction=a%s&z=1&timestamp=5&window=5000" % pairs
+                )
+                self.assertEqual(found, expected)
+
+    def test_unset_values(self):
+        for value in UNSET + [[], [None]]:
+            with self.subTest(repr(value)):
+                self.assertEqual(
+                    bpx.canonical_string("a", {"n": value}, 0, 1),
+                    "instruction=a&timestamp=0&window=1",
+                )
+
+    def test_mappings(self):
+        for value, text, _ in MAPPINGS:
+            with self.subTest(text):
+                self.assertEqual(
+                    bpx.canonical_string("a", {"n": value}, 5, 60000),
+                    "instruction=a&n=%s&timestamp=5&window=60000" % text,
+                )
+
+    def test_a_tuple_is_a_batch_too(self):
+        self.assertEqual(
+            bpx.canonical_string("a", ({"c": 2, "b": 1}, {}), 5),
+            "instruction=a&b=1&c=2&instruction=a&timestamp=5&window=5000",
+        )
+
+    def test_names_are_characters(self):
+        params = {Text("b"): "1", Market.SPOT: "2"}
+        self.assertEqual(
+            bpx.canonical_string(Market.SPOT, params, 5),
+            "instruction=SPOT&SPOT=2&b=1&timestamp=5&window=5000",
+        )
+
+    def test_params_are_not_changed(self):
+        params = {"b": None, "a": [Side.BID], "c": {"d": None}}
+        bpx.canonical_string("a", params, 5)
+        self.assertEqual(
+            str(params), str({"b": None, "a": [Side.BID], "c": {"d": None}})
+        )
+        self.assertIs(params["a"][0], Side.BID)
+
+    def test_bad_times_and_instructions(self):
+        for reason, options in BAD_TIMES:
+            with self.subTest(reason, **options):
+                options = {"timestamp": 5, **options}
+                with self.assertRaisesRegex(ValueError, "window|timestamp"):
+                    bpx.canonical_string("a", None, **options)
+        for instruction in BAD_INSTRUCTIONS + ["", None]:
+            with self.subTest(instruction=instruction):
+                with self.assertRaisesRegex(ValueError, "instruction"):
+                    bpx.canonical_string(instruction, None, 5)
+
+
+class SignRequest(unittest.TestCase):
+    def test_ed25519_of_the_library(self):
+        # RFC 8032, section 7.1, TEST 1
+        seed = (
+            "9d61b19deffd5a60ba844af492ec2cc44449c5697b326919703bac031cae7f60"
+        )
+        public, secret = nacl.bindings.crypto_sign_seed_keypair(
+            bytes.fromhex(seed)
+        )
+        self.assertEqual(
+            public.hex(),
+            "d75a980182b10ab7d54bfed3c964073a0ee172f3daa62325af021a68f707511a",
+        )
+        self.assertEqual(
+            nacl.bindings.crypto_sign(b"", secret).hex(),
+            "e5564300c360ac729086e2cc806e828a84877f1eb8e5d974d873e06522490155"
+            "5fb8821590a33bacc61e39701cf9b46bd25bf5f0595bbe24655141438e7a100b",
+        )
+
+    def test_vectors(self):
+        for name, key, instruction, params, stamp, window, _, sign in VECTORS:
+            with self.subTest(name):
+                headers = bpx.sign_request(
+                    instruction, params, key, timestamp=stamp, window=window
+                )
+                self.assertEqual(
+                    headers,
+                    {
+                        "X-API-Key": API_KEYS[key],
+                        "X-Signature": sign,
+                        "X-Timestamp": str(stamp),
+                        "X-Window": str(window),
+                    },
+                )
+
+    def test_now_by_default(self):
+        before = time.time_ns() // 1000000
+        headers = bpx.sign_request("accountQuery", None, GUIDE)
+        after = time.time_ns() // 1000000
+        self.assertLessEqual(before, int(headers["X-Timestamp"]))
+        self.assertLessEqual(int(headers["X-Timestamp"]), after)
+        self.assertEqual(headers["X-Window"], "5000")
+
+    def test_time_zero_is_a_time(self):
+        headers = bpx.sign_request("accountQuery", None, GUIDE, timestamp=0)
+        self.assertEqual(headers["X-Timestamp"], "0")
+
+    def test_white_space_around_a_key(self):
+        for key in (GUIDE + "\n", "\t " + GUIDE + "\r\n", Text(GUIDE)):
+            self.assertEqual(
+                bpx.sign_request("a", None, key, timestamp=5),
+                bpx.sign_request("a", None, GUIDE, timestamp=5),
+            )
+
+    def test_bad_keys(self):
+        for reason, key, size in BAD_KEYS:
+            with self.subTest(reason):
+                with self.assertRaisesRegex(ValueError, size) as caught:
+                    bpx.sign_request("accountQuery", None, key)
+                if key:
+                    self.assertNotIn(key, shown(caught.exception))
+                    self.assertNotIn(key[2:30], shown(caught.exception))
+        for key in (None, b"", GUIDE.encode(), 5, []):
+            with self.subTest(type=type(key)):
+                with self.assertRaisesRegex(TypeError, "secret_key") as caught:
+                    bpx.sign_request("accountQuery", None, key)
+                self.assertNotIn(GUIDE, shown(caught.exception))
+
+    def test_bad_arguments(self):
+        for reason, params, named in BAD_PARAMS:
+            with self.subTest(reason, params=repr(params)[:50]):
+                with self.assertRaisesRegex(
+                    (TypeError, ValueError), "(?s)" + named
+                ) as caught:
+                    bpx.sign_request("accountQuery", params, GUIDE)
+                self.assertNotIn(GUIDE, shown(caught.exception))
+        for reason, options in BAD_TIMES:
+            with self.subTest(reason, **options):
+                with self.assertRaises(ValueError):
+                    bpx.sign_request("accountQuery", None, GUIDE, **options)
+
+    def test_a_key_is_decoded_once(self):
+        key = base64.b64encode(bytes(range(32))).decode()
+        with mock.patch(
+            "nacl.bindings.crypto_sign_seed_keypair",
+            wraps=nacl.bindings.crypto_sign_seed_keypair,
+        ) as derive:
+            for _ in range(3):
+                bpx.sign_request("accountQuery", None, key)
+        self.assertEqual(derive.call_count, 1)
+
+    def test_without_pynacl(self):
+        key = base64.b64encode(bytes(32)).decode()
+        with mock.patch.dict(sys.modules, {"nacl.bindings": None}):
+            with self.assertRaisesRegex(ImportError, "pip install PyNaCl"):
+                bpx.sign_request("accountQuery", None, key)
+        bpx.sign_request("accountQuery", None, key)
+
+
+class BuildRequest(unittest.TestCase):
+    ORDER = {"method": "POST", "path": "/api/v1/order", "secret_key": GUIDE}
+
+    def test_get(self):
+        built = bpx.build_request(
+            "get",
+            "/wapi/v1/history/fills",
+            {"symbol": "a b/+&%é", "marketType": ["SPOT", "PERP"], "to": 1},
+            secret_key=GUIDE,
+            timestamp=5,
+            window=6,
+        )
+        self.assertEqual(built.get_method(), "GET")
+        self.assertEqual(
+            built.full_url,
+            "https://api.backpack.exchange/wapi/v1/history/fills"
+            "?marketType=SPOT&marketType=PERP"
+            "&symbol=a%20b%2F%2B%26%25%C3%A9&to=1",
+        )
+        self.assertIsNone(built.data)
+        self.assertEqual(
+            [name for name, _ in built.header_items()],
+            ["User-agent", "X-api-key", "X-signature"]
+            + ["X-timestamp", "X-window"],
+        )
+        self.assertEqual(built.get_header("X-timestamp"), "5")
+        self.assertEqual(built.get_header("X-window"), "6")
+
+    def test_post(self):
+        params = {"symbol": "é", "price": decimal.Decimal("1E1"), "a": None}
+        built = bpx.build_request(params=params, **self.ORDER)
+        self.assertEqual(built.get_method(), "POST")
+        self.assertEqual(
+            built.full_url, "https://api.backpack.exchange/api/v1/order"
+        )
+        self.assertEqual(built.data, '{"price":"10","symbol":"é"}'.encode())
+        self.assertEqual(
+            built.get_header("Content-type"), "application/json; charset=utf-8"
+        )
+        self.assertEqual(list(params), ["symbol", "price", "a"])
+
+    def test_no_params(self):
+        for params in (None, {}, {"a": None}):
+            built = bpx.build_request("GET", "/api/v1/time", params)
+            self.assertEqual(built.selector, "/api/v1/time")
+            built = bpx.build_request("PATCH", "/api/v1/time", params)
+            self.assertEqual(built.data, b"{}")
+
+    def test_base_urls(self):
+        for base_url, url in [
+            ("https://a.example", "https://a.example/p"),
+            ("https://a.example/", "https://a.example/p"),
+            (
+                "https://a-1.example:8443/x/y_z.~",
+                "https://a-1.example:8443/x/y_z.~/p",
+            ),
+            ("https://[2001:db8::1]:8443", "https://[2001:db8::1]:8443/p"),
+            ("http://localhost:1", "http://localhost:1/p"),
+            ("http://127.0.0.1:1/", "http://127.0.0.1:1/p"),
+            ("http://127.255.99.200", "http://127.255.99.200/p"),
+            ("http://[::1]:1", "http://[::1]:1/p"),
+            (Text("https://a.example"), "https://a.example/p"),
+        ]:
+            with self.subTest(base_url):
+                built = bpx.build_request("GET", "/p", base_url=base_url)
+                self.assertEqual(built.full_url, url)
+
+    def test_paths(self):
+        for path in ("/", "/a/b_c.d~e-f%20G0", Text("/a"), Market("SPOT")):
+            if path != "SPOT":
+                with self.subTest(path):
+                    built = bpx.build_request("GET", path)
+                    self.assertEqual(built.selector, "".join([path]))
+
+    def test_the_instruction_of_the_caller_wins(self):
+        for path in ("/api/v1/order", "/api/v1/new"):
+            built = bpx.build_request(
+                "GET", path, instruction="other", secret_key=GUIDE, timestamp=5
+            )
+            self.assertEqual(
+                built.get_header("X-signature"),
+                bpx.sign_request("other", None, GUIDE, timestamp=5)[
+                    "X-Signature"
+                ],
+            )
+
+    def test_headers(self):
+        headers = {"X-Extra": "~ !", "user-agent": "mine", "x-window": "9"}
+        built = bpx.build_request(headers=headers, **self.ORDER)
+        self.assertEqual(built.get_header("X-extra"), "~ !")
+        self.assertEqual(built.get_header("User-agent"), "mine")
+        self.assertEqual(built.get_header("X-window"), "5000")
+        self.assertEqual(headers["x-window"], "9")
+        built = bpx.build_request("GET", "/")
+        self.assertEqual(
+            built.header_items(), [("User-agent", "bpx.py/" + bpx.__version__)]
+        )
+
+    def test_what_to_pass(self):
+        for options, hint in [
+            ({"method": "POST", "path": "/api/v1/order"}, "pass secret_key"),
+            (
+                {"method": "GET", "path": "/", "secret_key": GUIDE},
+                "pass instruction or no secret_key",
+            ),
+        ]:
+            with self.assertRaisesRegex(ValueError, hint):
+                bpx.build_request(**options)
+
+    def test_instructions(self):
+        # SHA-256 of the signed rows of the exchange's API, method, path and
+        # instruction a line, in the order of its documentation.
+        rows = "\n".join(" ".join(row) for row in bpx.INSTRUCTIONS.items())
+        self.assertEqual(len(bpx.INSTRUCTIONS), 54)
+        self.assertEqual(
+            hashlib.sha256(rows.encode()).hexdigest(),
+            "293d758a6c08accd7858cd653e3c74f8e8ef56c07ee1fe6a27c45a77a126f908",
+        )
+
+
+class OnTheWire(ExchangeCase):
+    def test_every_signed_operation(self):
+        for operation, instruction in bpx.INSTRUCTIONS.items():
+            with self.subTest(operation):
+                method, path = operation.split()
+                params = {
+                    "symbol": "SOL_USDC",
+                    "b": True,
+                    "n": 5,
+                    "e": Side.BID,
+                }
+                params = [params] * 2 if path == "/api/v1/orders" else params
+                if method in ("GET", "DELETE") and isinstance(params, list):
+                    params = params[0]
+                call = getattr(bpx, method.lower())
+                call(
+                    path, params, secret_key=GUIDE, base_url=self.exchange.url
+                )
+                seen = self.exchange.seen.pop()
+                self.assertEqual((seen.method, seen.path), (method, path))
+                verify(seen, instruction)
+
+    def test_values_in_a_query(self):
+        for value, texts, _ in VALUES:
+            with self.subTest(repr(value)):
+                _, seen = self.send(
+                    "GET", "/api/v1/order", {"n": value}, secret_key=GUIDE
+                )
+                self.assertEqual(seen.pairs, [("n", text) for text in texts])
+                self.assertRegex(seen.query, "^[A-Za-z0-9._~%=&-]*$")
+                verify(seen, "orderQuery")
+
+    def test_values_in_a_body(self):
+        rows = [(v, b if b is not None else t[0]) for v, t, b in VALUES]
+        rows += [(value, body) for value, _, body in MAPPINGS]
+        for value, body in rows:
+            with self.subTest(repr(value)):
+                _, seen = self.send(
+                    "POST", "/api/v1/order", {"n": value}, secret_key=GUIDE
+                )
+                self.assertEqual(repr(seen.body), repr({"n": body}))
+                verify(seen, "orderExecute")
+
+    def test_unset_values(self):
+        for value in UNSET:
+            for method in ("GET", "POST"):
+                _, seen = self.send(
+                    method,
+                    "/api/v1/order",
+                    {"n": value, "a": "b"},
+                    secret_key=GUIDE,
+                )
+                sent = dict(seen.pairs) if method == "GET" else seen.body
+                self.assertEqual(sent, {"a": "b"})
+
+    def test_batch(self):
+        for kind in (list, tuple):
+            batch = kind([{"symbol": "A", "price": "1"}, {"symbol": "B"}])
+            _, seen = self.send(
+                "POST", "/api/v1/orders", batch, secret_key=GUIDE
+            )
+            self.assertEqual(seen.body, list(batch))
+            verify(seen, "orderExecute")
+
+    def test_a_public_operation_is_not_signed(self):
+        _, seen = self.send("GET", "/api/v1/depth", {"symbol": "SOL_USDC"})
+        self.assertFalse([name for name in seen.headers if name[:2] == "X-"])
+
+    def test_verify_can_fail(self):
+        _, seen = self.send(
+            "POST", "/api/v1/order", {"a": "b"}, secret_key=GUIDE
+        )
+        seen.body = {"a": "c"}
+        with self.assertRaises(Exception):
+            verify(seen, "orderExecute")
+
+    def test_bad_arguments_send_nothing(self):
+        rows = [(r, {"params": p}) for r, p, _ in BAD_PARAMS]
+        rows += BAD_TIMES + BAD_REQUESTS
+        rows += [("size", {"secret_key": key}) for _, key, _ in BAD_KEYS]
+        rows += [("no word", {"instruction": i}) for i in BAD_INSTRUCTIONS]
+        rows += [("no time", {"timeout": t}) for t in BAD_TIMEOUTS]
+        rows += [
+            ("no place in a query", {"method": "GET", "params": p})
+            for p in ([{"a": "b"}], {"a": {"b": "c"}}, [{"a": {}}])
+        ]
+        for reason, options in rows:
+            with self.subTest(reason, options=repr(options)[:60]):
+                options = {
+                    "method": "POST",
+                    "path": "/api/v1/order",
+                    "secret_key": GUIDE,
+                    "base_url": self.exchange.url,
+                    **options,
+                }
+                with self.assertRaises((TypeError, ValueError)) as caught:
+                    bpx.request(**options)
+                self.assertEqual(self.exchange.seen, [])
+                secrets = [GUIDE, str(options["secret_key"]), "word@"]
+                for secret in filter(None, secrets):
+                    self.assertNotIn(secret, shown(caught.exception))
+
+
+# (body of an answer, what is returned)
+ANSWERS = [
+    (b"", None),
+    (b"{}", {}),
+    (
+        b'{"a": [1, "\xc3\xa9", null, true, 0.5]}',
+        {"a": [1, "é", None, True, 0.5]},
+    ),
+    (b"[]", []),
+    (b"null", None),
+    (b"1750793021519", 1750793021519),
+    (b"pong", "pong"),
+    (b"\xef\xbb\xbf[1]", [1]),
+    (b"\xef\xbb\xbf", None),
+    (b"\xff{", "\ufffd{"),
+    (b'"\xff"', "\ufffd"),
+    (b"{", "{"),
+    (b"[" * 100000, "[" * 100000),
+    (b"9" * 5000 + b"x", "9" * 5000 + "x"),
+]
+# (body of an answer, code, message, str)
+REFUSALS = [
+    (
+        b'{"code": "INVALID_SIGNATURE", "message": "Invalid\\n signature"}',
+        ("INVALID_SIGNATURE", "Invalid\n signature"),
+        "400 INVALID_SIGNATURE Invalid signature",
+    ),
+    (b'{"message": "no"}', (None, "no"), "400 no"),
+    (b'{"code": 5}', (5, None), "400 5"),
+    (b'{"code": {"a": []}, "message": [1]}', ({"a": []}, [1]), None),
+    (b"", (None, None), "400"),
+    (b"[1]", (None, [1]), "400 [1]"),
+    (b"null", (None, None), "400"),
+    (b"<h1>Bad\nGateway", (None, "<h1>Bad\nGateway"), "400 <h1>Bad Gateway"),
+    (b"x" * 999, (None, "x" * 999), "400 " + "x" * 296),
+]
+
+
+class Calls(ExchangeCase):
+    def test_answers(self):
+        for body, expected in ANSWERS:
+            for status in (200, 202, 299):
+                with self.subTest(body[:30], status=status):
+                    self.exchange.answer = (status, {}, body)
+                    answer, _ = self.send("GET", "/api/v1/ping")
+                    self.assertEqual(repr(answer), repr(expected))
+
+    def test_refusals(self):
+        for body, words, text in REFUSALS:
+            with self.subTest(body[:30]):
+                self.exchange.answer = (400, {"Retry-After": "7"}, body)
+                with self.assertRaises(bpx.APIError) as caught:
+                    self.send("GET", "/api/v1/ping")
+                error = caught.exception
+                self.assertEqual(error.status, 400)
+                self.assertEqual((error.code, error.message), words)
+                self.assertEqual(error.headers["retry-after"], "7")
+                if text:
+                    self.assertEqual(str(error), text)
+                copy = pickle.loads(pickle.dumps(error))
+                self.assertEqual(str(copy), str(error))
+                self.assertEqual(copy.body, error.body)
+        for body, expected in ANSWERS:
+            with self.subTest(body[:30]):
+                self.exchange.answer = (500, {}, body)
+                with self.assertRaises(bpx.APIError) as caught:
+                    self.send("GET", "/api/v1/ping")
+                self.assertEqual(repr(caught.exception.body), repr(expected))
+
+    def test_statuses(self):
+        for status in (300, 304, 400, 401, 404, 429, 500, 503, 999):
+            self.exchange.answer = (status, {}, b"")
+            with self.assertRaises(bpx.APIError) as caught:
+                self.send("GET", "/api/v1/ping")
+            self.assertEqual(caught.exception.status, status)
+            self.assertEqual(str(caught.exception), str(status))
+
+    def test_methods(self):
+        for call in (bpx.get, bpx.post, bpx.delete, bpx.patch):
+            call("/p", {"a": "b"}, base_url=self.exchange.url, timeout=5)
+        methods = [seen.method for seen in self.exchange.seen]
+        self.assertEqual(methods, ["GET", "POST", "DELETE", "PATCH"])
+
+    def test_errors_have_a_common_base(self):
+        for error in (bpx.APIError, bpx.NotSentError, bpx.UnknownOutcomeError):
+            self.assertTrue(issubclass(error, bpx.BPXError))
+        self.assertFalse(issubclass(bpx.BPXError, (OSError, ValueError)))
+
+    def test_public_names(self):
+        self.assertEqual(
+            (
+                bpx.BASE_URL,
+                bpx.DEFAULT_WINDOW,
+                bpx.MAX_WINDOW,
+                bpx.DEFAULT_TIMEOUT,
+            ),
+            ("https://api.backpack.exchange", 5000, 60000, 10),
+        )
+        self.assertEqual((bpx.MAX_IDLE, bpx.MAX_BODY), (15, 16 * 1024**2))
+        for name in bpx.__all__:
+            self.assertTrue(hasattr(bpx, name), name)
