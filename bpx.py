@@ -26,6 +26,7 @@ import json
 import os
 import re
 import selectors
+import sys
 import threading
 import time
 import urllib.parse
@@ -38,8 +39,8 @@ from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple, Union
 __version__ = "1.0.0"
 __all__ = ["canonical_string", "sign_request", "build_request", "request"]
 __all__ += ["get", "post", "delete", "patch", "INSTRUCTIONS", "BASE_URL"]
-__all__ += ["DEFAULT_WINDOW", "MAX_WINDOW", "DEFAULT_TIMEOUT"]
-__all__ += ["BPXError", "APIError", "NotSentError", "UnknownOutcomeError"]
+__all__ += ["DEFAULT_WINDOW", "MAX_WINDOW", "DEFAULT_TIMEOUT", "BPXError"]
+__all__ += ["APIError", "NotSentError", "UnknownOutcomeError"]
 
 BASE_URL = "https://api.backpack.exchange"
 DEFAULT_WINDOW = 5000  # ms for which a signed request is valid
@@ -109,6 +110,9 @@ INSTRUCTIONS = {
 }
 
 Params = Union[Mapping[str, Any], Sequence[Mapping[str, Any]], None]
+_json = json.JSONEncoder(
+    ensure_ascii=False, separators=(",", ":"), sort_keys=True
+).encode
 
 
 # --- Errors ---
@@ -180,17 +184,12 @@ def _pairs(order: Dict[str, Any]) -> List[Tuple[str, str]]:
     pairs = []
     for name in sorted(order):
         value = order[name]
-        if type(value) is str:
-            pairs.append((name, value))
+        if type(value) in (str, int):
+            pairs.append((name, str(value)))
         else:
             items = value if type(value) is list else [value]
             pairs += [(name, i if type(i) is str else _json(i)) for i in items]
     return pairs
-
-
-def _json(plain: Any) -> str:
-    compact: Any = {"separators": (",", ":"), "sort_keys": True}
-    return json.dumps(plain, ensure_ascii=False, **compact)
 
 
 def _plain_orders(params: Any) -> List[Dict[str, Any]]:
@@ -411,13 +410,22 @@ class _Transport(urllib.request.BaseHandler):
             return not (age > MAX_IDLE or pending() or selector.select(0))
 
     def respond(self, sock: Any, **options: Any) -> http.client.HTTPResponse:
-        """An answer with one timeout for all of its bytes."""
+        """An answer with one timeout for all its bytes, and no silent end."""
         response = http.client.HTTPResponse(sock, **options)
         raw: Any = response.fp.raw
-        read, end = raw.readinto, time.monotonic() + sock.gettimeout()
-        raw.readinto = lambda b: sock.settimeout(
-            end - time.monotonic()
-        ) or read(b)
+        readinto, end = raw.readinto, time.monotonic() + sock.gettimeout()
+
+        def readinto_in_time(buffer: Any) -> int:
+            left = end - time.monotonic()
+            if left <= 0:
+                raise TimeoutError("timed out")
+            sock.settimeout(left)
+            size: int = readinto(buffer)
+            if not size:  # which http.client takes for the end of the headers
+                raise ConnectionError("closed before the answer was whole")
+            return size
+
+        raw.readinto = readinto_in_time
         return response
 
     def read(self, response: http.client.HTTPResponse) -> bytes:
@@ -482,34 +490,46 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     parser = argparse.ArgumentParser("bpx.py", argparse.SUPPRESS, usage)
     parser.add_argument("method", type=str.upper)
     parser.add_argument("path")
-    parser.add_argument("params", nargs="*", type=_pair)
-    parser.add_argument("--json", type=_loads, help="all params; - is stdin")
+    parser.add_argument("pairs", nargs="*", type=_pair)
+    parser.add_argument("--json", help="all parameters; - is standard input")
     parser.add_argument("--dry-run", action="store_true", help="send nothing")
     parser.add_argument("--instruction", help="where the path has none known")
     parser.add_argument("--window", type=int, default=DEFAULT_WINDOW)
     parser.add_argument("--timeout", type=float, default=DEFAULT_TIMEOUT)
     parser.add_argument("--base-url", default=BASE_URL)
-    errors = BPXError, ImportError, TypeError, ValueError, RecursionError
-    statuses = {APIError: 1, NotSentError: 3, UnknownOutcomeError: 4}
+    statuses: Dict[type, int] = {APIError: 1, NotSentError: 3}
+    statuses[UnknownOutcomeError] = statuses[KeyboardInterrupt] = 4
     try:
         print(_run(parser.parse_intermixed_args(argv)), flush=True)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # for the flush at exit
-    except errors as error:
+    except (Exception, KeyboardInterrupt) as error:
         text = " ".join(f"bpx.py: {type(error).__name__}: {error}".split())
         parser.exit(statuses.get(type(error), 2), text + "\n")
 
 
+def _pair(text: str) -> Tuple[str, Any]:
+    name, value = text.split("=", 1)
+    return (
+        (name[:-1], json.loads(value)) if name[-1:] == ":" else (name, value)
+    )
+
+
 def _run(args: argparse.Namespace) -> str:
-    params = dict(args.params) if args.json is None else args.json
+    params = dict(args.pairs)
+    if len(params) < len(args.pairs) or params and args.json:
+        raise ValueError("pass each parameter once, in --json or name=text")
+    if args.json:
+        stdin = args.json == "-"
+        params = json.loads(sys.stdin.buffer.read() if stdin else args.json)
     call: Any = (args.method, args.path, params)
     options: Any = {"window": args.window, "base_url": args.base_url}
+    options["instruction"] = args.instruction
     instruction = args.instruction or INSTRUCTIONS.get(" ".join(call[:2]))
     if instruction:
         if "BPX_SECRET_KEY" not in os.environ:
-            raise ValueError("set BPX_SECRET_KEY, as this is to be signed")
+            raise ValueError("to sign this, set BPX_SECRET_KEY")
         options["secret_key"] = os.environ["BPX_SECRET_KEY"]
-        options["instruction"] = instruction
     if not args.dry_run:
         answer = request(*call, timeout=args.timeout, **options)
         return json.dumps(answer, indent=2)
@@ -519,22 +539,7 @@ def _run(args: argparse.Namespace) -> str:
         times = int(built.headers["X-timestamp"]), args.window
         lines.append(canonical_string(instruction, params, *times))
     lines += [f"{name}: {value}" for name, value in built.header_items()]
-    return "\n".join(lines + [(built.data or b"").decode()])
-
-
-def _pair(text: str) -> Tuple[str, Any]:
-    name, equals, value = text.partition("=")
-    if not equals:
-        raise ValueError
-    return (
-        (name[:-1], json.loads(value)) if name[-1:] == ":" else (name, value)
-    )
-
-
-def _loads(text: str) -> Any:
-    return json.loads(
-        open(0, "rb", closefd=False).read() if text == "-" else text
-    )
+    return "\n".join(lines + ([built.data.decode()] if built.data else []))
 
 
 if __name__ == "__main__":

@@ -16,8 +16,11 @@ import os
 import pathlib
 import pickle
 import re
+import shlex
+import shutil
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import traceback
@@ -1107,3 +1110,341 @@ class Calls(ExchangeCase):
         self.assertEqual((bpx.MAX_IDLE, bpx.MAX_BODY), (15, 16 * 1024**2))
         for name in bpx.__all__:
             self.assertTrue(hasattr(bpx, name), name)
+
+
+def command(*argv, key=None, python=(), stdin=None, **environment):
+    """Run bpx.py as a shell does: (status, output, errors)."""
+    environment = {**os.environ, "PYTHONIOENCODING": "utf-8", **environment}
+    environment.pop("BPX_SECRET_KEY", None)
+    if key is not None:
+        environment["BPX_SECRET_KEY"] = key
+    done = subprocess.run(
+        [sys.executable, *python, "bpx.py", *argv],
+        cwd=str(HERE),
+        env=environment,
+        input=stdin,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        timeout=20,
+    )
+    return done.returncode, done.stdout.decode(), done.stderr.decode()
+
+
+# (reason, arguments, what the line on standard error must say)
+USAGES = [
+    ("nothing", [], "method, path"),
+    ("no path", ["GET"], "path"),
+    ("no =", ["GET", "/p", "symbol"], "symbol"),
+    ("not JSON", ["GET", "/p", "n:=x"], "n:=x"),
+    ("not JSON", ["POST", "/p", "--json", "{"], "JSON"),
+    ("endless JSON", ["POST", "/p", "--json", "[" * 100000], "Recursion"),
+    ("neither object nor list", ["POST", "/p", "--json", "5"], "mapping"),
+    ("a float", ["POST", "/p", "price:=0.1"], "price"),
+    ("no such option", ["GET", "/p", "--xy", "{}"], "--xy"),
+    ("not a number", ["GET", "/p", "--window", "x"], "--window"),
+    ("too long", ["GET", "/api/v1/order", "--window", "60001"], "window"),
+    ("no time", ["GET", "/p", "--timeout", "0"], "timeout"),
+    ("no TLS", ["GET", "/p", "--base-url", "http://a.example"], "base_url"),
+    ("a query", ["GET", "/p?a=b"], "path"),
+    ("both", ["POST", "/p", "a=b", "--json", "{}"], "--json"),
+    ("twice", ["POST", "/p", "a=b", "a=c"], "once"),
+]
+
+
+class CommandLine(ExchangeCase):
+    def main(self, *argv, key=GUIDE, stdin=b""):
+        """The same within this process: (status, output, errors)."""
+        output, errors = io.StringIO(), io.StringIO()
+        environment = {} if key is None else {"BPX_SECRET_KEY": key}
+        argv = ["--base-url", self.exchange.url, *argv]
+        with contextlib.ExitStack() as stack:
+            for context in (
+                mock.patch.dict(os.environ, environment),
+                mock.patch("sys.stdin", io.TextIOWrapper(io.BytesIO(stdin))),
+                contextlib.redirect_stdout(output),
+                contextlib.redirect_stderr(errors),
+            ):
+                stack.enter_context(context)
+            if key is None:
+                os.environ.pop("BPX_SECRET_KEY", None)
+            try:
+                bpx.main(argv)
+                status = 0
+            except SystemExit as error:
+                status = error.code
+        self.assertNotIn(GUIDE, output.getvalue() + errors.getvalue())
+        return status or 0, output.getvalue(), errors.getvalue()
+
+    def test_a_signed_request(self):
+        self.exchange.answer = (200, {}, '{"id":"1","é":[]}'.encode())
+        for argv, params in [
+            ([], {}),
+            (["symbol=SOL_USDC", "a=b=c:=d", "e="], None),
+            (["n:=5", "b:=true", 'l:=["A","B"]', "u:=null", "é=ü"], None),
+            (["--json", '{"symbol": "é", "n": [1]}'], None),
+        ]:
+            with self.subTest(argv=argv):
+                found = self.main("post", "/api/v1/order", *argv)
+                self.assertEqual(
+                    found,
+                    (0, '{\n  "id": "1",\n  "\\u00e9": []\n}\n', ""),
+                )
+                verify(self.exchange.seen[-1], "orderExecute")
+        self.assertEqual(
+            [seen.body for seen in self.exchange.seen],
+            [
+                {},
+                {"symbol": "SOL_USDC", "a": "b=c:=d", "e": ""},
+                {"n": 5, "b": True, "l": ["A", "B"], "é": "ü"},
+                {"symbol": "é", "n": [1]},
+            ],
+        )
+
+    def test_standard_input(self):
+        batch = '[{"symbol": "é"}, {"symbol": "B"}]'.encode()
+        found = self.main("POST", "/api/v1/orders", "--json", "-", stdin=batch)
+        self.assertEqual(found, (0, "{}\n", ""))
+        self.assertEqual(
+            self.exchange.seen[0].body, [{"symbol": "é"}, {"symbol": "B"}]
+        )
+
+    def test_options(self):
+        found = self.main(
+            *("GET", "/api/v1/new", "--instruction", "other", "a=b"),
+            *("--window", "60000", "--timeout", "2.5"),
+        )
+        self.assertEqual(found, (0, "{}\n", ""))
+        verify(self.exchange.seen[0], "other")
+        self.assertEqual(self.exchange.seen[0].headers["X-Window"], "60000")
+
+    def test_a_public_request_needs_no_key(self):
+        self.exchange.answer = (200, {}, b"pong")
+        for key in (None, GUIDE, "broken"):
+            found = self.main("GET", "/api/v1/ping", key=key)
+            self.assertEqual(found, (0, '"pong"\n', ""))
+            self.assertIsNone(self.exchange.seen.pop().headers["X-API-Key"])
+
+    def test_dry_run(self):
+        status, output, errors = self.main(
+            "post", "/api/v1/order", "symbol=é", "b:=true", "--dry-run"
+        )
+        self.assertEqual((status, errors, self.exchange.seen), (0, "", []))
+        url, text, *headers, body = output.splitlines()
+        self.assertEqual(url, "POST %s/api/v1/order" % self.exchange.url)
+        headers = dict(line.split(": ") for line in headers)
+        self.assertEqual(
+            text,
+            "instruction=orderExecute&b=true&symbol=é"
+            "&timestamp=%s&window=5000" % headers["X-timestamp"],
+        )
+        self.assertEqual(headers["X-api-key"], API_KEYS[GUIDE])
+        signature = base64.b64decode(headers["X-signature"])
+        public = base64.b64decode(API_KEYS[GUIDE])
+        nacl.signing.VerifyKey(public).verify(text.encode(), signature)
+        self.assertEqual(body, '{"b":true,"symbol":"é"}')
+
+    def test_dry_run_of_a_public_request(self):
+        found = self.main("GET", "/p", "a=b c", "--dry-run", key=None)
+        self.assertEqual(found[0], 0)
+        self.assertEqual(
+            found[1].splitlines(),
+            [
+                "GET %s/p?a=b%%20c" % self.exchange.url,
+                "User-agent: bpx.py/" + bpx.__version__,
+            ],
+        )
+
+    def test_usage(self):
+        for reason, argv, said in USAGES:
+            with self.subTest(reason):
+                status, output, errors = self.main(*argv)
+                self.assertEqual((status, output), (2, ""))
+                self.assertRegex(errors, r"\Abpx\.py: .*%s.*\n\Z" % said)
+                self.assertNotIn("\n", errors[:-1])
+        status, output, errors = self.main("GET", "/api/v1/order", key=None)
+        self.assertEqual((status, output), (2, ""))
+        self.assertRegex(errors, r"\Abpx\.py: .*BPX_SECRET_KEY.*\n\Z")
+        status, output, errors = self.main("GET", "/api/v1/order", key="x")
+        self.assertEqual((status, output), (2, ""))
+        self.assertEqual(self.exchange.seen, [])
+
+    def test_failures(self):
+        self.exchange.answer = (400, {}, b'{"code":"C","message":"a\\nb"}')
+        found = self.main("GET", "/p")
+        self.assertEqual(found[:2], (1, ""))
+        self.assertRegex(found[2], r"\Abpx\.py: .*400 C a b\n\Z")
+        closed = ("--base-url", "http://127.0.0.1:1")
+        found = self.main("GET", "/p", *closed)
+        self.assertEqual(found[:2], (3, ""))
+        self.assertRegex(found[2], r"\Abpx\.py: NotSentError: .*\n\Z")
+        self.exchange.answer = (204, {"Content-Length": "x"}, b"")
+        self.exchange.answer = (200, {"Transfer-Encoding": "x"}, b"")
+        found = self.main("GET", "/p")
+        self.assertEqual(found[:2], (4, ""))
+        self.assertRegex(found[2], r"\Abpx\.py: UnknownOutcomeError: .*\n\Z")
+
+    def test_help(self):
+        status, output, errors = self.main("--help")
+        self.assertEqual((status, errors), (0, ""))
+        for word in ("METHOD PATH", "name:=json", "--dry-run", "--json"):
+            self.assertIn(word, output)
+
+    def test_as_a_script(self):
+        url = ("--base-url", self.exchange.url)
+        found = command("GET", "/api/v1/ping", *url)
+        self.assertEqual(found, (0, "{}\n", ""))
+        found = command("GET", "/api/v1/order", *url, "é=b", key=GUIDE)
+        self.assertEqual(found, (0, "{}\n", ""))
+        found = command("POST", "/p", "--json", "-", *url, stdin=b'{"a":1}')
+        self.assertEqual(found, (0, "{}\n", ""))
+        self.assertEqual(self.exchange.seen[-1].body, {"a": 1})
+        found = command("GET", "/p", "a=\udcff", *url)
+        self.assertEqual(found[:2], (2, ""))
+        self.assertRegex(found[2], r"\Abpx\.py: .*\n\Z")
+
+    def test_a_closed_pipe(self):
+        self.exchange.answer = (200, {}, b'["%s"]' % (b"x" * 10**6))
+        reading, writing = os.pipe()
+        os.close(reading)
+        with mock.patch.object(subprocess, "PIPE", subprocess.PIPE):
+            done = subprocess.run(
+                [sys.executable, "bpx.py", "GET", "/p"]
+                + ["--base-url", self.exchange.url],
+                cwd=str(HERE),
+                stdout=writing,
+                stderr=subprocess.PIPE,
+                timeout=20,
+            )
+        os.close(writing)
+        self.assertEqual((done.returncode, done.stderr), (0, b""))
+
+
+# What a restricted interpreter must do with the file.
+PROBE = """
+import sys
+import tempfile
+{before}
+import bpx
+assert not {{"nacl", "ssl.SSLContext"}} & set(sys.modules)
+text = bpx.canonical_string("orderCancel", {{"orderId": 28}}, 5)
+if text != "instruction=orderCancel&orderId=28&timestamp=5&window=5000":
+    raise SystemExit("canonical string: " + text)
+if bpx.get("/api/v1/ping", base_url={url!r}) != {{}}:
+    raise SystemExit("public request")
+try:
+    bpx.get("/api/v1/capital", base_url={url!r}, secret_key={key!r})
+except ImportError as error:
+    if "pip install PyNaCl" not in str(error):
+        raise
+    print("unsigned")
+else:
+    print("signed")
+"""
+
+
+class RestrictedPlaces(ExchangeCase):
+    def probe(self, *flags, folder=HERE, before="", path=()):
+        before = "sys.path[:0] = %r\n" % [str(folder), *path] + before
+        done = subprocess.run(
+            [sys.executable, *flags, "-c"]
+            + [PROBE.format(before=before, url=self.exchange.url, key=GUIDE)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            timeout=20,
+        )
+        return done.stdout.decode().strip()
+
+    def test_flags(self):
+        for flags in (["-O"], ["-OO"], ["-W", "error", "-X", "dev", "-bb"]):
+            with self.subTest(flags):
+                self.assertEqual(self.probe(*flags), "signed")
+
+    def test_nothing_installed(self):
+        self.assertEqual(self.probe("-I", "-S", "-E"), "unsigned")
+
+    def test_places(self):
+        with tempfile.TemporaryDirectory() as folder:
+            archive = os.path.join(folder, "bpx.zip")
+            with zipfile.ZipFile(archive, "w") as file:
+                file.write(str(HERE / "bpx.py"), "bpx.py")
+            self.assertEqual(self.probe(folder=archive), "signed")
+            shutil.copy(str(HERE / "bpx.py"), folder)
+            os.chmod(folder, 0o555)
+            self.assertEqual(self.probe(folder=folder), "signed")
+            os.chmod(folder, 0o755)
+
+    def test_without_ssl(self):
+        before = "sys.modules['ssl'] = sys.modules['_ssl'] = None"
+        self.assertEqual(self.probe(before=before), "signed")
+        before += """
+import bpx
+try:
+    bpx.get("/api/v1/ping", base_url="https://127.0.0.1:1")
+except bpx.NotSentError as error:
+    print("not sent")
+"""
+        self.assertEqual(self.probe(before=before), "not sent\nsigned")
+
+    def test_where_no_thread_can_be_started(self):
+        before = "import _thread; _thread.start_new_thread = None"
+        self.assertEqual(self.probe(before=before), "signed")
+
+    def test_import_does_nothing(self):
+        before = """
+import argparse, base64, decimal, http.client, json, selectors, urllib.request
+import os
+os.environ = None
+def hook(event, args):
+    if event.split(".")[0] in ("socket", "subprocess", "ssl", "os"):
+        if event != "os.listdir":
+            raise SystemExit(event)
+if {watch}:
+    sys.addaudithook(hook)
+import bpx
+loaded = sys.modules.keys() & {{"nacl", "nacl.bindings", "asyncio"}}
+raise SystemExit("%s" % sorted(loaded))
+"""
+        self.assertEqual(self.probe(before=before.format(watch=True)), "[]")
+
+
+class Documents(ExchangeCase):
+    README = (HERE / "README.md").read_text(encoding="utf-8")
+
+    def test_module(self):
+        self.assertEqual(doctest.testmod(bpx).failed, 0)
+        self.assertGreater(doctest.testmod(bpx).attempted, 3)
+
+    def test_readme(self):
+        blocks = re.findall("```python\n(.*?)```", self.README, re.S)
+        self.assertEqual(len(blocks), 7)
+        for block in blocks:
+            with self.subTest(block[:60]):
+                self.run_block(block)
+
+    def run_block(self, block):
+        if block.startswith(">>>"):
+            test = doctest.DocTestParser().get_doctest(block, {}, "", None, 0)
+            self.assertEqual(doctest.DocTestRunner().run(test).failed, 0)
+            return
+        code = compile(block, "README.md", "exec")
+        if re.search("import (httpx|websockets)", block):
+            return
+        self.exchange.answer = (200, {}, b"1750793021519")
+        defaults = bpx.build_request.__kwdefaults__
+        with mock.patch.dict(defaults, base_url=self.exchange.url):
+            with mock.patch.dict(os.environ, BPX_SECRET_KEY=GUIDE):
+                with contextlib.redirect_stdout(io.StringIO()) as output:
+                    exec(code, {})
+        self.assertIn("1750793021519", output.getvalue())
+
+    def test_the_two_commands(self):
+        lines = re.findall("(?m)^python3 -m venv.*", self.README)
+        self.assertEqual(len(lines), 2)
+        argv = shlex.split(lines[0].split(".venv/bin/python bpx.py ")[1])
+        status, output, errors = command(*argv, key=GUIDE)
+        self.assertEqual((status, errors), (0, ""))
+        self.assertIn("\ninstruction=orderExecute&orderType=Limit&", output)
+
+
+if __name__ == "__main__":
+    unittest.main()
