@@ -13,9 +13,9 @@ as they are, the time, and for how long from then the request is valid.
 >>> sign_request(*call, key, timestamp=1614550000000)["X-Signature"][:40]
 'aKisDELOQeekrU+Up7rS/6gZBp0qunOsPwThvby1'
 
-Timestamps and windows are in ms, timeouts in s; keys and signatures are
-base64, text is UTF-8, prices and quantities are str or Decimal. Left out: a
-method per operation (its path is its name), streams, retries, rate limits.
+Times are in ms, but timeouts in s; keys and signatures are base64, text is
+UTF-8, prices and quantities str or Decimal. Left out on purpose: a method per
+operation (its path is its name), streams, retries, rate limits.
 """
 
 import argparse
@@ -48,6 +48,7 @@ MAX_WINDOW = 60000  # ms, the exchange's limit
 DEFAULT_TIMEOUT = 10.0  # s to connect, and again for the whole answer
 MAX_IDLE = 15.0  # s for which a connection is kept between two requests
 MAX_BODY = 16 * 1024 * 1024  # bytes of an answer
+Params = Union[Mapping[str, Any], Sequence[Mapping[str, Any]], None]
 
 # Every signed operation of the exchange, in the order of its documentation.
 INSTRUCTIONS = {
@@ -109,11 +110,6 @@ INSTRUCTIONS = {
     "GET /wapi/v1/history/vault/redeem": "vaultRedeemHistoryQueryAll",
 }
 
-Params = Union[Mapping[str, Any], Sequence[Mapping[str, Any]], None]
-_json = json.JSONEncoder(
-    ensure_ascii=False, separators=(",", ":"), sort_keys=True
-).encode
-
 
 # --- Errors ---
 class BPXError(Exception):
@@ -121,10 +117,7 @@ class BPXError(Exception):
 
 
 class APIError(BPXError):
-    """The exchange answered with a status other than 2xx.
-
-    body is the decoded answer, code and message are what it has, or None.
-    """
+    """A status other than 2xx; body is decoded, code and message from it."""
 
     def __init__(self, status: int, body: Any, headers: Mapping[str, str]):
         super().__init__(status, body, headers)
@@ -151,62 +144,13 @@ class UnknownOutcomeError(BPXError):
 
 
 # --- Canonical string: pure text, no keys, no clock ---
-def canonical_string(
-    instruction: str,
-    params: Params,
-    timestamp: int,
-    window: int = DEFAULT_WINDOW,
-) -> str:
-    """Return the text that is signed.
-
-    timestamp (Unix time) and window are in ms; a list of params is a batch of
-    orders. Raises TypeError or ValueError for what could not be sent as it is
-    signed. Source: docs.backpack.exchange, Signature Generation.
-    """
-    if not isinstance(instruction, str) or not instruction.isalnum():
-        raise ValueError("instruction must be a word, such as orderExecute")
-    if type(timestamp) is not int or timestamp < 0:
-        raise ValueError("timestamp must be an int, in ms since 1970")
-    if type(window) is not int or not 1 <= window <= MAX_WINDOW:
-        raise ValueError(f"window must be an int from 1 to {MAX_WINDOW} ms")
-    # instruction=<instruction>&<name>=<value>&...&timestamp=<ms>&window=<ms>
-    # and for each further order of a batch, all before the timestamp again.
-    texts = []
-    for order in _plain_orders(params):
-        texts += ["instruction=" + instruction, *map("=".join, _pairs(order))]
-    return "&".join(texts) + f"&timestamp={timestamp}&window={window}"
-
-
-def _pairs(order: Dict[str, Any]) -> List[Tuple[str, str]]:
-    """The names and texts of an order, as signed and as put into a query."""
-    # Neither lists nor objects are documented. A list repeats its name, as in
-    # most public clients; an object is compact JSON, as in the Rust client.
-    pairs = []
-    for name in sorted(order):
-        value = order[name]
-        if type(value) in (str, int):
-            pairs.append((name, str(value)))
-        else:
-            items = value if type(value) is list else [value]
-            pairs += [(name, i if type(i) is str else _json(i)) for i in items]
-    return pairs
-
-
-def _plain_orders(params: Any) -> List[Dict[str, Any]]:
-    """Params as a list, in JSON's types: what is signed is what is sent."""
-    params = {} if params is None else params
-    orders = params if isinstance(params, (list, tuple)) else [params]
-    try:
-        plain = [_plain("params", order) for order in orders]
-    except RecursionError:
-        raise ValueError("params are nested too deeply") from None
-    if set(map(type, plain)) != {dict}:
-        raise TypeError("params must be a mapping or, a batch, a list of some")
-    return plain
+_json = json.JSONEncoder(
+    ensure_ascii=False, separators=(",", ":"), sort_keys=True
+).encode
 
 
 def _plain(name: str, value: Any) -> Any:
-    """A value as None, bool, int, str, list or dict, no subclass of these."""
+    """A value in JSON's own types, so that it is sent as it is signed."""
     if value is None or type(value) in (str, int, bool):
         return value
     if isinstance(value, (dict, Mapping)):
@@ -237,7 +181,79 @@ def _plain(name: str, value: Any) -> Any:
     raise TypeError(f"{name}: pass {kinds}, Enum, None or list, not {found}")
 
 
+def _plain_orders(params: Any) -> List[Dict[str, Any]]:
+    params = {} if params is None else params
+    orders = params if isinstance(params, (list, tuple)) else [params]
+    try:
+        plain = [_plain("params", order) for order in orders]
+    except RecursionError:
+        raise ValueError("params are nested too deeply") from None
+    if set(map(type, plain)) != {dict}:
+        raise TypeError("params must be a mapping or, a batch, a list of some")
+    return plain
+
+
+def _pairs(order: Dict[str, Any]) -> List[Tuple[str, str]]:
+    """The names and texts of an order, as signed and as put into a query."""
+    # Neither lists nor objects are documented. A list repeats its name, as in
+    # most public clients; an object is compact JSON, as in the Rust client.
+    pairs = []
+    for name in sorted(order):
+        value = order[name]
+        if type(value) in (str, int):
+            pairs.append((name, str(value)))
+        else:
+            items = value if type(value) is list else [value]
+            pairs += [(name, i if type(i) is str else _json(i)) for i in items]
+    return pairs
+
+
+def canonical_string(
+    instruction: str,
+    params: Params,
+    timestamp: int,
+    window: int = DEFAULT_WINDOW,
+) -> str:
+    """Return the text that is signed.
+
+    timestamp (Unix time) and window are in ms; a list of params is a batch of
+    orders. Raises TypeError or ValueError for what could not be sent as it is
+    signed. Source: docs.backpack.exchange, Signature Generation.
+    """
+    if not isinstance(instruction, str) or not instruction.isalnum():
+        raise ValueError("instruction must be a word, such as orderExecute")
+    if type(timestamp) is not int or timestamp < 0:
+        raise ValueError("timestamp must be an int, in ms since 1970")
+    if type(window) is not int or not 1 <= window <= MAX_WINDOW:
+        raise ValueError(f"window must be an int from 1 to {MAX_WINDOW} ms")
+    # instruction=<instruction>&<name>=<value>&...&timestamp=<ms>&window=<ms>
+    # and for each further order of a batch, all before the timestamp again.
+    texts = []
+    for order in _plain_orders(params):
+        texts += ["instruction=" + instruction, *map("=".join, _pairs(order))]
+    return "&".join(texts) + f"&timestamp={timestamp}&window={window}"
+
+
 # --- Signature headers: need the key; read the clock if given no time ---
+@functools.lru_cache(maxsize=8)  # deriving a key costs as much as a signature
+def _signer(secret_key: str) -> Any:
+    """The signing function and the API key of a secret key."""
+    try:
+        from nacl.bindings import crypto_sign, crypto_sign_seed_keypair
+    except ImportError as error:
+        raise ImportError("to sign requests, pip install PyNaCl") from error
+    try:
+        seed = base64.b64decode(secret_key, validate=True)
+    except ValueError:
+        seed = b""  # and no raise in here: the context could show the key
+    if len(seed) != 32 or base64.b64encode(seed).decode() != secret_key:
+        found = f"{len(seed)} bytes in {len(secret_key)} characters"
+        raise ValueError(f"secret_key must be base64 of 32 bytes, not {found}")
+    public, secret = crypto_sign_seed_keypair(seed)
+    api_key = base64.b64encode(public).decode()
+    return lambda message: crypto_sign(message, secret)[:64], api_key
+
+
 def sign_request(
     instruction: str,
     params: Params,
@@ -267,25 +283,6 @@ def sign_request(
     }
 
 
-@functools.lru_cache(maxsize=8)  # deriving a key costs as much as a signature
-def _signer(secret_key: str) -> Any:
-    """The signing function and the API key of a secret key."""
-    try:
-        from nacl.bindings import crypto_sign, crypto_sign_seed_keypair
-    except ImportError as error:
-        raise ImportError("to sign requests, pip install PyNaCl") from error
-    try:
-        seed = base64.b64decode(secret_key, validate=True)
-    except ValueError:
-        seed = b""  # and no raise in here: the context could show the key
-    if len(seed) != 32 or base64.b64encode(seed).decode() != secret_key:
-        found = f"{len(seed)} bytes in {len(secret_key)} characters"
-        raise ValueError(f"secret_key must be base64 of 32 bytes, not {found}")
-    public, secret = crypto_sign_seed_keypair(seed)
-    api_key = base64.b64encode(public).decode()
-    return lambda message: crypto_sign(message, secret)[:64], api_key
-
-
 # --- Request: ready to send, by this module or another client; no I/O ---
 _PATH = "/(?!/)[A-Za-z0-9_./~%-]*"
 _BASE_URL = (
@@ -294,6 +291,11 @@ _BASE_URL = (
     r"(/[A-Za-z0-9_.~-]+)*/?"
 )
 _HEADER = r"(?ai)(?!(host|content-length|\w+-encoding)\n)[a-z0-9-]+\n[ -~]*"
+
+
+def _check(name: str, value: str, pattern: str, hint: str) -> None:
+    if not isinstance(value, str) or not re.fullmatch(pattern, value):
+        raise ValueError(f"{name} must be {hint}")  # the value may be secret
 
 
 def build_request(
@@ -341,16 +343,11 @@ def build_request(
     return urllib.request.Request(url + query, None, sent)
 
 
-def _check(name: str, value: str, pattern: str, hint: str) -> None:
-    if not isinstance(value, str) or not re.fullmatch(pattern, value):
-        raise ValueError(f"{name} must be {hint}")  # the value may be secret
-
-
 # --- Transport: sends a request once, over a connection that is kept ---
 class _Transport(urllib.request.BaseHandler):
     """Keeps a connection per thread, process and host, unlike urllib's own."""
 
-    idle, context = threading.local(), None
+    idle, tls = threading.local(), None
 
     def http_open(self, req: Any) -> Tuple[int, Mapping[str, str], bytes]:
         """Send a request once; return the status, headers and body."""
@@ -386,13 +383,12 @@ class _Transport(urllib.request.BaseHandler):
         if req.type == "https":
             import ssl  # here, as some Pythons are without it
 
-            self.context = self.context or ssl.create_default_context()
-            proxy = urllib.request.getproxies().get("https")
-            if proxy:
-                handler = urllib.request.ProxyHandler({})
-                handler.proxy_open(via, proxy, "https")
-            tls: Any = {"context": self.context}
-            connection = http.client.HTTPSConnection(via.host, **tls)
+            self.tls = self.tls or ssl.create_default_context()
+            proxies = urllib.request.ProxyHandler()
+            getattr(proxies, "https_open", id)(via)  # its own if there is one
+            connection = http.client.HTTPSConnection(
+                via.host, context=self.tls
+            )
         if via.host != req.host:
             connection.set_tunnel(req.host, headers=via.headers)
         connection.timeout = req.timeout
@@ -484,6 +480,39 @@ patch = functools.partial(request, "PATCH")
 
 
 # --- Command line ---
+def _pair(text: str) -> Tuple[str, Any]:
+    name, value = text.split("=", 1)
+    return (
+        (name[:-1], json.loads(value)) if name[-1:] == ":" else (name, value)
+    )
+
+
+def _run(method: str, path: str, pairs: Any, **options: Any) -> str:
+    text, timeout = options.pop("json"), options.pop("timeout")
+    dry_run, params = options.pop("dry_run"), dict(pairs)
+    if len(params) < len(pairs) or params and text:
+        raise ValueError("pass each parameter once, in --json or name=text")
+    if text:
+        params = json.loads(sys.stdin.buffer.read() if text == "-" else text)
+    instruction = options["instruction"] or INSTRUCTIONS.get(
+        f"{method} {path}"
+    )
+    if instruction:
+        if "BPX_SECRET_KEY" not in os.environ:
+            raise ValueError("to sign this, set BPX_SECRET_KEY")
+        options["secret_key"] = os.environ["BPX_SECRET_KEY"]
+    if not dry_run:
+        answer = request(method, path, params, timeout=timeout, **options)
+        return json.dumps(answer, indent=2)
+    built: Any = build_request(method, path, params, **options)
+    lines = [f"{method} {built.full_url}"]
+    if instruction:
+        times = int(built.headers["X-timestamp"]), options["window"]
+        lines.append(canonical_string(instruction, params, *times))
+    lines += [f"{name}: {value}" for name, value in built.header_items()]
+    return "\n".join(lines + ([built.data.decode()] if built.data else []))
+
+
 def main(argv: Optional[Sequence[str]] = None) -> None:
     """Run the command line: exit with 0, or as the README says with 1 to 4."""
     usage = "bpx.py [options] METHOD PATH [name=text | name:=json]..."
@@ -500,46 +529,12 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     statuses: Dict[type, int] = {APIError: 1, NotSentError: 3}
     statuses[UnknownOutcomeError] = statuses[KeyboardInterrupt] = 4
     try:
-        print(_run(parser.parse_intermixed_args(argv)), flush=True)
+        print(_run(**vars(parser.parse_intermixed_args(argv))), flush=True)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # for the flush at exit
     except (Exception, KeyboardInterrupt) as error:
         text = " ".join(f"bpx.py: {type(error).__name__}: {error}".split())
         parser.exit(statuses.get(type(error), 2), text + "\n")
-
-
-def _pair(text: str) -> Tuple[str, Any]:
-    name, value = text.split("=", 1)
-    return (
-        (name[:-1], json.loads(value)) if name[-1:] == ":" else (name, value)
-    )
-
-
-def _run(args: argparse.Namespace) -> str:
-    params = dict(args.pairs)
-    if len(params) < len(args.pairs) or params and args.json:
-        raise ValueError("pass each parameter once, in --json or name=text")
-    if args.json:
-        stdin = args.json == "-"
-        params = json.loads(sys.stdin.buffer.read() if stdin else args.json)
-    call: Any = (args.method, args.path, params)
-    options: Any = {"window": args.window, "base_url": args.base_url}
-    options["instruction"] = args.instruction
-    instruction = args.instruction or INSTRUCTIONS.get(" ".join(call[:2]))
-    if instruction:
-        if "BPX_SECRET_KEY" not in os.environ:
-            raise ValueError("to sign this, set BPX_SECRET_KEY")
-        options["secret_key"] = os.environ["BPX_SECRET_KEY"]
-    if not args.dry_run:
-        answer = request(*call, timeout=args.timeout, **options)
-        return json.dumps(answer, indent=2)
-    built: Any = build_request(*call, **options)
-    lines = [f"{args.method} {built.full_url}"]
-    if instruction:
-        times = int(built.headers["X-timestamp"]), args.window
-        lines.append(canonical_string(instruction, params, *times))
-    lines += [f"{name}: {value}" for name, value in built.header_items()]
-    return "\n".join(lines + ([built.data.decode()] if built.data else []))
 
 
 if __name__ == "__main__":
