@@ -347,7 +347,7 @@ def build_request(
 class _Transport(urllib.request.BaseHandler):
     """Keeps a connection per thread, process and host, unlike urllib's own."""
 
-    idle, tls = threading.local(), None
+    idle, context = threading.local(), None
 
     def http_open(self, req: Any) -> Tuple[int, Mapping[str, str], bytes]:
         """Send a request once; return the status, headers and body."""
@@ -383,17 +383,20 @@ class _Transport(urllib.request.BaseHandler):
         if req.type == "https":
             import ssl  # here, as some Pythons are without it
 
-            self.tls = self.tls or ssl.create_default_context()
+            self.context = self.context or ssl.create_default_context()
             proxies = urllib.request.ProxyHandler()
             getattr(proxies, "https_open", id)(via)  # its own if there is one
-            connection = http.client.HTTPSConnection(
-                via.host, context=self.tls
-            )
+            tls: Any = {"context": self.context}
+            connection = http.client.HTTPSConnection(via.host, **tls)
         if via.host != req.host:
             connection.set_tunnel(req.host, headers=via.headers)
         connection.timeout = req.timeout
         connection.response_class = self.respond
-        connection.connect()
+        try:
+            connection.connect()
+        except BaseException:
+            connection.close()
+            raise
         weakref.finalize(connection, connection.sock.close)
         return connection
 
@@ -408,20 +411,21 @@ class _Transport(urllib.request.BaseHandler):
     def respond(self, sock: Any, **options: Any) -> http.client.HTTPResponse:
         """An answer with one timeout for all its bytes, and no silent end."""
         response = http.client.HTTPResponse(sock, **options)
-        raw: Any = response.fp.raw
-        readinto, end = raw.readinto, time.monotonic() + sock.gettimeout()
+        end = time.monotonic() + sock.gettimeout()
 
-        def readinto_in_time(buffer: Any) -> int:
+        def readinto(buffer: Any) -> int:
             left = end - time.monotonic()
             if left <= 0:
                 raise TimeoutError("timed out")
             sock.settimeout(left)
-            size: int = readinto(buffer)
+            size: int = sock.recv_into(buffer)
             if not size:  # which http.client takes for the end of the headers
                 raise ConnectionError("closed before the answer was whole")
             return size
 
-        raw.readinto = readinto_in_time
+        raw: Any = response.fp.raw
+        raw.readinto = readinto
+        raw.readall = None  # which http.client calls for a chunk of size -1
         return response
 
     def read(self, response: http.client.HTTPResponse) -> bytes:

@@ -8,16 +8,24 @@ import contextlib
 import decimal
 import doctest
 import enum
+import gc
 import hashlib
+import http.client
 import http.server
 import io
+import itertools
 import json
 import os
 import pathlib
 import pickle
 import re
+import select
 import shlex
 import shutil
+import signal
+import socket
+import ssl
+import struct
 import subprocess
 import sys
 import tempfile
@@ -27,7 +35,10 @@ import traceback
 import types
 import unittest
 import urllib.parse
+import warnings
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
+from itertools import product
 from unittest import mock
 
 import nacl.bindings
@@ -1110,6 +1121,528 @@ class Calls(ExchangeCase):
         self.assertEqual((bpx.MAX_IDLE, bpx.MAX_BODY), (15, 16 * 1024**2))
         for name in bpx.__all__:
             self.assertTrue(hasattr(bpx, name), name)
+
+
+NUMBERS = itertools.count(1)  # so that no two requests are alike
+# For localhost only, its own authority, until 2120. The key is for tests.
+PEM = """\
+-----BEGIN PRIVATE KEY-----
+MIGHAgEAMBMGByqGSM49AgEGCCqGSM49AwEHBG0wawIBAQQg5lqaAY+ycNKSSrZr
+8TDSVnRTK07eT+9XddHRaKzvHsyhRANCAAS8kh+uZSAmIzM40gBlNpTQtLohFJ9s
+6AImScaMjti5AT04hYMbFnZ/MXWirhBG2dvfkFC7gVSplpOif3ZDDdwx
+-----END PRIVATE KEY-----
+-----BEGIN CERTIFICATE-----
+MIIBkjCCATigAwIBAgIBATAKBggqhkjOPQQDAjAUMRIwEAYDVQQDDAlsb2NhbGhv
+c3QwIBcNMjAwMTAxMDAwMDAwWhgPMjEyMDAxMDEwMDAwMDBaMBQxEjAQBgNVBAMM
+CWxvY2FsaG9zdDBZMBMGByqGSM49AgEGCCqGSM49AwEHA0IABLySH65lICYjMzjS
+AGU2lNC0uiEUn2zoAiZJxoyO2LkBPTiFgxsWdn8xdaKuEEbZ29+QULuBVKmWk6J/
+dkMN3DGjeTB3MA8GA1UdEwEB/wQFMAMBAf8wDgYDVR0PAQH/BAQDAgKEMB0GA1Ud
+DgQWBBTDsQO3HiD+Uu8c1uzp/t8iDTJyrDAfBgNVHSMEGDAWgBTDsQO3HiD+Uu8c
+1uzp/t8iDTJyrDAUBgNVHREEDTALgglsb2NhbGhvc3QwCgYIKoZIzj0EAwIDSAAw
+RQIgXClWVA5U9PMfyc+jyfIEpkC2nUSYeoTMglg3ag0UU+4CIQDH1RVScza8Vuh6
+urLkWqEH5wlIPtjUKdzoOlJSso9Fng==
+-----END CERTIFICATE-----
+"""
+
+
+FOLDER = tempfile.TemporaryDirectory()
+PEM_FILE = os.path.join(FOLDER.name, "localhost.pem")
+CONTEXT = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+
+
+def setUpModule():
+    with open(PEM_FILE, "w") as file:
+        file.write(PEM)
+    CONTEXT.load_cert_chain(PEM_FILE)
+
+
+def tearDownModule():
+    FOLDER.cleanup()
+
+
+# --- A server that plays scripts ---
+class Server:
+    """Answers each request by the next script, after the last by an echo.
+
+    A script is a sequence of bytes to send, seconds to wait and functions to
+    call with the socket. An echo is [number of the connection, target].
+    """
+
+    scheme = "http"
+
+    def __init__(self, *scripts, port=0):
+        self.listener = socket.create_server(("127.0.0.1", port))
+        self.port = self.listener.getsockname()[1]
+        self.url = f"{self.scheme}://localhost:{self.port}"
+        self.scripts, self.stop = iter(scripts), threading.Event()
+        self.seen, self.threads, self.sockets = [], [], []
+        self.played = threading.Semaphore(0)  # a script, or all of them
+
+    def __enter__(self):
+        self.start(self.accept)
+        return self
+
+    def __exit__(self, *error):
+        self.stop.set()
+        socket.create_connection(("127.0.0.1", self.port)).close()
+        self.threads[0].join(5)
+        self.listener.close()
+        for sock in self.sockets:
+            with contextlib.suppress(OSError):
+                shut(sock, socket.SHUT_RDWR)
+        for thread in self.threads:
+            thread.join(5)
+
+    def start(self, target, *args):
+        thread = threading.Thread(target=target, args=args, daemon=True)
+        self.threads.append(thread)
+        thread.start()
+
+    def accept(self):
+        for number in itertools.count(1):
+            sock = self.listener.accept()[0]
+            if self.stop.is_set():
+                return sock.close()
+            self.start(self.serve, sock, number)
+
+    def serve(self, sock, number):
+        sock.settimeout(5)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        with contextlib.suppress(OSError):  # close, or the client is gone
+            if self.scheme == "https":
+                sock = CONTEXT.wrap_socket(sock, server_side=True)
+            self.sockets.append(sock)
+            with sock, sock.makefile("rb") as stream:
+                for line in stream:
+                    if b" HTTP/1." in line:  # and not TLS, say
+                        headers = http.client.parse_headers(stream)
+                        stream.read(int(headers.get("Content-Length", 0)))
+                        self.seen.append((line.decode(), headers))
+                        self.answer(sock, number, line.decode().split()[1])
+        self.played.release()
+
+    def answer(self, sock, *echo):
+        echo = json.dumps(echo).encode()
+        for step in next(self.scripts, [LENGTH % len(echo) + echo]):
+            if self.stop.is_set():
+                close(sock)
+            if isinstance(step, bytes):
+                sock.sendall(step)
+            elif callable(step):
+                step(sock)
+            else:
+                self.stop.wait(step)
+        self.played.release()
+
+
+class TLSServer(Server):
+    scheme = "https"
+
+
+BOTH = Server, TLSServer
+
+
+def close(sock):
+    raise ConnectionError  # for Server.serve, which closes
+
+
+def reset(sock):
+    linger = struct.pack("ii", 1, 0)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+    close(sock)
+
+
+def shut(sock, how=socket.SHUT_WR):
+    socket.socket.shutdown(sock, how)  # not TLS's, which ends reading too
+
+
+def interrupt(sock):
+    signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+
+
+def relay(port):
+    """What a proxy does once it has answered CONNECT."""
+
+    def step(client):
+        with socket.create_connection(("127.0.0.1", port)) as server:
+            other = {client: server, server: client}
+            while True:
+                for source in select.select(other, [], [], 5)[0] or close(0):
+                    other[source].sendall(source.recv(65536) or close(0))
+
+    return step
+
+
+# --- Answers ---
+HEAD = b"HTTP/1.1 200 OK\r\n"
+LENGTH = HEAD + b"Content-Length: %d\r\n\r\n"
+REST = b"Content-Length: 2\r\n\r\n{}"
+TWO = HEAD + REST
+BLOCK = HEAD[:-2].ljust(8190 - len(REST)) + b"\r\n" + REST  # 8192 bytes
+CHUNKS = b"Transfer-Encoding: chunked\r\n\r\n"
+CHUNKED = HEAD + CHUNKS
+LAST = b"0\r\n\r\n"
+CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
+NO_CONTENT = b"HTTP/1.1 204 No Content\r\n"
+DRIP = [b"1", 0.05]
+
+
+def then(first, *steps):
+    """A script that repeats steps for ever."""
+    return itertools.chain([first], itertools.cycle(steps))
+
+
+# (reason, base URL, SSL_CERT_FILE if not ours)
+NOT_SENT = [
+    ("refused", "http://127.0.0.1:1"),
+    ("unknown host", "https://no.such.host.invalid"),
+    ("label over 63", f"https://{'a' * 70}.example"),
+    ("port over 65535", "https://localhost:99999"),
+    ("untrusted certificate", "https://localhost:{tls}", os.devnull),
+    ("another host's certificate", "https://127.0.0.1:{tls}"),
+    ("silence to TLS", "https://localhost:{plain}"),
+]
+
+# (reason, https_proxy, what the proxy does)
+NO_TUNNEL = [
+    ("refused", "http://127.0.0.1:1", []),
+    ("no port", "http://localhost:x", []),
+    ("no URL", "http:/localhost", []),
+    ("407", "{}", [b"HTTP/1.1 407 No\r\nContent-Length: 0\r\n\r\n"]),
+    ("302", "{}", [b"HTTP/1.1 302 No\r\nLocation: /\r\n\r\n"]),
+    ("not HTTP", "{}", [b"SSH-2.0-OpenSSH_9.6\r\n\r\n"]),
+    ("closed", "{}", [close]),
+    ("reset", "{}", [reset]),
+    ("silence", "{}", []),
+    ("dripped header", "{}", then(HEAD, *DRIP)),
+    ("silence to TLS", "{}", [HEAD + b"\r\n"]),
+    ("dripped TLS", "{}", then(HEAD + b"\r\n\x16\3\3\x40\0\2", *DRIP)),
+]
+
+# (reason, script): all are over at once
+BROKEN = [
+    ("closed", [close]),
+    ("reset", [reset]),
+    ("half a status line", [b"HTTP/1.1 20", close]),
+    ("half a header", [HEAD + b"Content-Le", close]),
+    ("no blank line, length 0", [(LENGTH % 0)[:-2], close]),
+    ("no blank line, 204", [NO_CONTENT, close]),
+    ("no body", [LENGTH % 2, close]),
+    ("half a body", [LENGTH % 4 + b"{}", close]),
+    ("half a body, reset", [LENGTH % 4 + b"{}", reset]),
+    ("half a body, half closed", [LENGTH % 4 + b"{}", shut]),
+    ("half a chunk", [CHUNKED + b"4\r\n{}", close]),
+    ("no last chunk", [CHUNKED + b"2\r\n{}\r\n", close]),
+    ("0 of a size 0a", [CHUNKED + b"2\r\n{}\r\n0", close]),
+    ("no blank line, chunks", [CHUNKED + b"2\r\n{}\r\n0\r\n", close]),
+    ("not HTTP", [b"SSH-2.0-OpenSSH_9.6\r\n\r\n"]),
+    ("HTTP/2.0", [TWO.replace(b"1.1", b"2.0")]),
+    ("status not a number", [TWO.replace(b"200", b"two")]),
+    ("status 101", [b"HTTP/1.1 101 Switching\r\n\r\n"]),
+    ("status 103", [b"HTTP/1.1 103 Early Hints\r\n\r\n" + TWO]),
+    ("no length", [HEAD + b"\r\n{}", close]),
+    ("length below 0", [LENGTH % -2 + b"{}", close]),
+    ("length not a number", [TWO.replace(b": 2", b": two"), close]),
+    ("length 10**30", [LENGTH % 10**30 + b"{}", close]),
+    ("length of 5000 digits", [TWO.replace(b": 2", b": 2" * 5000), close]),
+    ("lengths 4 and 2", [(LENGTH % 4)[:-2] + REST + b"  ", close]),
+    ("length and chunks", [HEAD + REST[:-4] + CHUNKS + b"2\r\n{}\r\n" + LAST]),
+    ("gzip", [CHUNKED.replace(b"chunked", b"gzip") + b"{}", close]),
+    ("chunk of 2**70", [CHUNKED + b"%x\r\n{}" % 2**70, close]),
+    ("chunk below 0", [CHUNKED + b"-2\r\n{}\r\n" + LAST, close]),
+    ("chunk not a number", [CHUNKED + b"two\r\n{}\r\n" + LAST]),
+    ("200 headers", [HEAD + b"A: b\r\n" * 200 + REST]),
+    ("header of 70000 bytes", [HEAD + b"A: %070000d\r\n" % 0 + REST]),
+]
+
+# (reason, script): all last longer than the timeout
+LATE = [
+    ("silence", []),
+    ("a late answer", [0.3, TWO]),
+    ("dripped status line", then(b"HTTP", *DRIP)),
+    ("dripped header", then(HEAD, *DRIP)),
+    ("dripped body", then(LENGTH % 99, *DRIP)),
+    ("dripped chunk size", then(CHUNKED, *DRIP)),
+    ("dripped chunk", then(CHUNKED + b"99\r\n", *DRIP)),
+    ("endless trailers", then(CHUNKED + b"0\r\n", b"A: b\r\n" * 99)),
+    ("endless 100 Continue", then(CONTINUE, CONTINUE * 99)),
+]
+
+# (reason, script, answer): MAX_BODY is 4
+LIMITED = [
+    ("length 4", [LENGTH % 4 + b"1234"], 1234),
+    ("length 5", [LENGTH % 5 + b"12345"], None),
+    ("4 in chunks", [CHUNKED + b"2\r\n12\r\n2\r\n34\r\n" + LAST], 1234),
+    ("5 in chunks", [CHUNKED + b"2\r\n12\r\n3\r\n345\r\n" + LAST], None),
+    ("endless, length", then(LENGTH % 2**70, b"1" * 65536), None),
+    ("endless, chunks", then(CHUNKED, b"9\r\n123456789\r\n"), None),
+    ("endless chunk", then(CHUNKED + b"%x\r\n" % 2**70, b"1" * 65536), None),
+    ("endless chunk, -1", then(CHUNKED + b"-1\r\n", b"1" * 65536), None),
+]
+
+# (reason, script, answer, the next request's connection)
+WHOLE = [
+    ("length", [TWO], {}, 1),
+    ("in pieces", [TWO[:20], 0.01, TWO[20:-1], 0.01, TWO[-1:]], {}, 1),
+    ("odd case", [b"HTTP/1.1 200 \r\ncOnTeNt-lEnGtH:2\r\n\r\n{}"], {}, 1),
+    ("202, empty", [(LENGTH % 0).replace(b"200", b"202")], None, 1),
+    ("204", [NO_CONTENT + b"\r\n"], None, 1),
+    ("chunks", [CHUNKED + b"1\r\n{\r\n01\r\n}\r\n" + LAST], {}, 1),
+    ("extension", [CHUNKED + b"2;a=b\r\n{}\r\n" + LAST], {}, 1),
+    ("trailer", [CHUNKED + b"2\r\n{}\r\n0\r\nA: b\r\n\r\n"], {}, 1),
+    ("100 Continue", [CONTINUE, 0.01, TWO], {}, 1),
+    ("HTTP/1.0", [TWO.replace(b"1.1", b"1.0")], {}, 2),
+    ("Connection: close", [HEAD + b"Connection: close\r\n" + REST], {}, 2),
+    ("with surplus", [TWO + b" "], {}, 1),
+    ("with an answer", [TWO + TWO], {}, 1),
+    ("with much surplus", [TWO + b" " * 10000], {}, 2),
+    ("surplus in its TLS record", [BLOCK + b" "], {}, 2),
+    ("chunks with surplus", [CHUNKED + LAST + b" "], None, 1),
+    ("204 with surplus", [NO_CONTENT + b"\r\n{}"], None, 1),
+]
+
+# (reason, what the server does once its answer was taken)
+SPOILT = [
+    ("closed", [close]),
+    ("reset", [reset]),
+    ("half closed", [shut]),
+    ("surplus", [b" "]),
+    ("an answer too many", [TWO]),
+]
+
+CHILD = """
+import bpx, os, sys, threading, time
+def ask(*urls):
+    for url in urls or sys.argv[1:]:
+        n = time.perf_counter_ns()
+        try:
+            answer = bpx.get("/api/v1/ping", {"n": n}, base_url=url, timeout=5)
+            print(answer[0] if answer[1].endswith(str(n)) else answer)
+        except bpx.BPXError as error:
+            print(type(error).__name__)
+    sys.stdout.flush()
+"""
+LOST = "'http://127.0.0.1:1', 'https://127.0.0.1:1'"
+THREAD = "t = threading.Thread(target=ask); t.start(); t.join()"
+FORK = "child = os.fork(); child and os.waitpid(child, 0)"
+# (reason, first script, what the child does, connections or errors)
+CHILDREN = [
+    ("end", [], "ask(); ask()", ["1"] * 4),
+    ("end of a thread", [], f"{THREAD}; ask()", ["1", "1", "2", "2"]),
+    ("fork", [], f"ask(); {FORK}; ask()", ["1", "1", "2", "2", "1", "1"]),
+    ("not sent", [], f"ask({LOST}); ask()", ["NotSentError"] * 2 + ["1"] * 2),
+    ("closed", [[close]], "ask()", ["UnknownOutcomeError"] * 2),
+]
+
+
+class Transport(unittest.TestCase):
+    def setUp(self):
+        none = {"https_proxy": "", "http_proxy": "", "no_proxy": ""}
+        none["PYTHONMALLOC"] = "default"  # else -X dev breaks 3.8's own fork
+        environ = mock.patch.dict(os.environ, none)
+        environ.start()
+        self.addCleanup(environ.stop)
+        self.trust(PEM_FILE)
+        handler = signal.signal(signal.SIGINT, signal.default_int_handler)
+        self.addCleanup(signal.signal, signal.SIGINT, handler)
+        catch = warnings.catch_warnings(record=True)
+        self.warnings = catch.__enter__()
+        self.addCleanup(catch.__exit__)
+        warnings.simplefilter("always")
+
+    def tearDown(self):
+        gc.collect()
+        self.assertEqual([str(each.message) for each in self.warnings], [])
+
+    def trust(self, file):
+        os.environ["SSL_CERT_FILE"] = file
+        bpx._opener.handlers[0].context = None  # made from it, when needed
+
+    def ask(self, url):
+        """The connection on which a request was answered by its own echo."""
+        n, path = next(NUMBERS), "/api/v1/ping"
+        answer = bpx.get(path, {"n": n}, base_url=url, timeout=5)
+        self.assertEqual(answer[1:], [f"{path}?n={n}"])
+        return answer[0]
+
+    def order(self, url, timeout=5):
+        order, options = {"clientId": 7}, {
+            "base_url": url,
+            "secret_key": GUIDE,
+        }
+        return bpx.post("/api/v1/order", order, timeout=timeout, **options)
+
+    def fails(self, error, url, timeout, within):
+        began = time.monotonic()
+        with self.assertRaises(error):
+            self.order(url, timeout)
+        self.assertLess(time.monotonic() - began, within)
+
+    def interrupted(self, url, server):
+        try:
+            self.order(url)
+            self.fail("not interrupted")
+        except KeyboardInterrupt:  # which keeps all that is left open
+            server.threads[1].join(1)  # of the server's first connection
+            self.assertFalse(server.threads[1].is_alive(), "not closed")
+
+    def test_not_sent(self):
+        for reason, url, *file in NOT_SENT:
+            with self.subTest(reason), Server() as plain, TLSServer() as tls:
+                self.trust(*file or [PEM_FILE])
+                url = url.format(plain=plain.port, tls=tls.port)
+                self.fails(bpx.NotSentError, url, 0.2, 0.7)
+                self.assertEqual(plain.seen + tls.seen, [])
+                self.trust(PEM_FILE)
+                self.ask(tls.url)
+
+    def test_not_sent_by_proxy(self):
+        for reason, url, script in NO_TUNNEL:
+            with self.subTest(reason), Server(script) as via:
+                with TLSServer() as tls:
+                    os.environ["https_proxy"] = url.format(via.url)
+                    self.fails(bpx.NotSentError, tls.url, 0.2, 0.7)
+                    self.assertEqual(len(via.seen), url == "{}")
+                    self.assertEqual(tls.seen, [])
+                    os.environ["https_proxy"] = ""
+                    self.assertEqual(self.ask(tls.url), 1)
+
+    def test_broken_answers(self):
+        for kind, (reason, script) in product(BOTH, BROKEN):
+            with self.subTest(reason, kind=kind), kind(script) as server:
+                self.fails(bpx.UnknownOutcomeError, server.url, 5, 1)
+                self.assertEqual(len(server.seen), 1)
+                self.assertEqual(self.ask(server.url), 2)
+
+    def test_late_answers(self):
+        for reason, script in LATE:
+            with self.subTest(reason), Server([TWO], script) as server:
+                self.assertEqual(self.order(server.url), {})
+                self.fails(bpx.UnknownOutcomeError, server.url, 0.2, 0.7)
+                self.assertEqual(len(server.seen), 2)
+                self.assertEqual(self.ask(server.url), 2)
+
+    def test_max_body(self):
+        for reason, script, answer in LIMITED:
+            with self.subTest(reason), Server(script) as server:
+                with mock.patch.object(bpx, "MAX_BODY", 4):
+                    if answer:
+                        self.assertEqual(self.order(server.url), answer)
+                    else:
+                        self.fails(bpx.UnknownOutcomeError, server.url, 2, 1)
+                self.assertEqual(len(server.seen), 1)
+                self.assertEqual(self.ask(server.url), 1 if answer else 2)
+
+    def test_whole_answers(self):
+        for kind, row in product(BOTH, WHOLE):
+            reason, script, answer, connection = row
+            with self.subTest(reason, kind=kind), kind(script) as server:
+                self.assertEqual(self.order(server.url), answer)
+                server.played.acquire(timeout=5)
+                self.assertEqual(len(server.seen), 1)
+                self.assertEqual(self.ask(server.url), connection)
+                self.assertEqual(self.ask(server.url), connection)
+
+    def test_spoilt_connections(self):
+        for kind, (reason, steps) in product(BOTH, SPOILT):
+            taken = threading.Event()
+            script = [TWO, lambda sock: taken.wait(5), *steps]
+            with self.subTest(reason, kind=kind), kind(script) as server:
+                self.assertEqual(self.order(server.url), {})
+                taken.set()
+                server.played.acquire(timeout=5)
+                self.assertEqual(self.ask(server.url), 2)
+
+    def test_restarted_server(self):
+        for kind in BOTH:
+            with self.subTest(kind):
+                with kind() as server:
+                    self.assertEqual(self.ask(server.url), 1)
+                with kind(port=server.port) as server:
+                    self.assertEqual(self.ask(server.url), 1)
+
+    def test_max_idle(self):
+        with mock.patch.object(bpx, "MAX_IDLE", 0.1), Server() as server:
+            self.assertEqual(self.ask(server.url), 1)
+            self.assertEqual(self.ask(server.url), 1)
+            time.sleep(0.11)
+            self.assertEqual(self.ask(server.url), 2)
+
+    def test_a_connection_for_each_host(self):
+        with Server() as one, Server() as two, TLSServer() as tls:
+            for server in (one, two, tls) * 2:
+                self.assertEqual(self.ask(server.url), 1)
+            self.assertEqual(self.ask(f"http://127.0.0.1:{one.port}"), 2)
+            self.fails(bpx.NotSentError, f"https{one.url[4:]}", 0.2, 0.7)
+            self.assertEqual(self.ask(one.url), 1)
+
+    def test_a_connection_for_each_thread(self):
+        for kind in BOTH:
+            with self.subTest(kind), kind() as server:
+                with ThreadPoolExecutor(8) as pool:
+                    used = set(pool.map(self.ask, [server.url] * 80))
+                self.assertEqual(len(server.seen), 80)
+                self.assertLessEqual(used, set(range(1, 9)))
+
+    def test_interrupts(self):
+        scripts = [interrupt], [interrupt, 0.05, TWO], [HEAD, interrupt]
+        for kind, script in product(BOTH, scripts):
+            with self.subTest(script, kind=kind), kind(script) as server:
+                self.interrupted(server.url, server)
+                self.assertEqual(len(server.seen), 1)
+                self.assertEqual(self.ask(server.url), 2)
+
+    def test_proxy(self):
+        with TLSServer() as tls:
+            with Server([HEAD + b"\r\n", relay(tls.port)]) as proxy:
+                url = f"http://me:p%40ss@localhost:{proxy.port}"
+                os.environ["https_proxy"] = url
+                self.assertEqual(self.ask(tls.url), 1)
+                self.order(tls.url)
+                (line, headers), *more = proxy.seen
+                self.assertRegex(line, f"^CONNECT localhost:{tls.port} HTTP")
+                credentials = headers["Proxy-Authorization"]
+                self.assertEqual(credentials, "Basic bWU6cEBzcw==")
+                names = {name.lower() for name in headers}
+                self.assertLessEqual(names, {"host", "proxy-authorization"})
+                self.assertEqual(more, [])
+                self.assertEqual(len(tls.seen), 2)
+                for line, headers in tls.seen:
+                    self.assertEqual(headers["Host"], f"localhost:{tls.port}")
+                    self.assertNotIn("Proxy-Authorization", headers)
+
+    def test_no_proxy(self):
+        for kind, no_proxy in zip(BOTH, ("", "localhost")):
+            with self.subTest(kind), kind() as server, Server() as proxy:
+                url = {"http_proxy": proxy.url, "https_proxy": proxy.url}
+                os.environ.update(url, no_proxy=no_proxy)
+                self.assertEqual(self.ask(server.url), 1)
+                self.assertEqual(proxy.seen, [])
+
+    def test_redirects(self):
+        for status in 301, 302, 303, 307, 308:
+            with self.subTest(status), Server() as other:
+                head = f"HTTP/1.1 {status} Moved\r\nLocation: {other.url}/\r\n"
+                with Server([head.encode() + REST]) as server:
+                    with self.assertRaises(bpx.APIError) as caught:
+                        self.order(server.url)
+                    self.assertEqual(caught.exception.status, status)
+                    location = caught.exception.headers["Location"]
+                    self.assertEqual(location, other.url + "/")
+                    self.assertEqual(self.ask(server.url), 1)
+                self.assertEqual(other.seen, [])
+
+    def test_child_interpreters(self):
+        python = [sys.executable, "-W", "error", "-X", "dev", "-c"]
+        options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+        options["cwd"] = os.path.dirname(os.path.abspath(bpx.__file__))
+        for reason, scripts, code, printed in CHILDREN:
+            with self.subTest(reason), Server(*scripts) as plain:
+                with TLSServer(*scripts) as tls:
+                    call = [*python, CHILD + code, plain.url, tls.url]
+                    child = subprocess.run(call, timeout=20, **options)
+                self.assertEqual(child.stderr.decode(), "")
+                self.assertEqual(child.stdout.decode().split(), printed)
 
 
 def command(*argv, key=None, python=(), stdin=None, **environment):
