@@ -120,7 +120,6 @@ class APIError(BPXError):
     """A status other than 2xx; body is decoded, code and message from it."""
 
     def __init__(self, status: int, body: Any, headers: Mapping[str, str]):
-        super().__init__(status, body, headers)
         self.status, self.body, self.headers = status, body, headers
         said = body if isinstance(body, dict) else {"message": body}
         self.code, self.message = said.get("code"), said.get("message")

@@ -19,6 +19,7 @@ import os
 import pathlib
 import pickle
 import re
+import runpy
 import select
 import shlex
 import shutil
@@ -1839,17 +1840,34 @@ class CommandLine(ExchangeCase):
         self.exchange.answer = (200, {}, b'["%s"]' % (b"x" * 10**6))
         reading, writing = os.pipe()
         os.close(reading)
-        with mock.patch.object(subprocess, "PIPE", subprocess.PIPE):
-            done = subprocess.run(
-                [sys.executable, "bpx.py", "GET", "/p"]
-                + ["--base-url", self.exchange.url],
-                cwd=str(HERE),
-                stdout=writing,
-                stderr=subprocess.PIPE,
-                timeout=20,
-            )
+        done = subprocess.run(
+            [sys.executable, "bpx.py", "--base-url", self.exchange.url]
+            + ["GET", "/p"],
+            cwd=str(HERE),
+            stdout=writing,
+            stderr=subprocess.PIPE,
+            timeout=20,
+        )
         os.close(writing)
         self.assertEqual((done.returncode, done.stderr), (0, b""))
+        with mock.patch("builtins.print", side_effect=BrokenPipeError):
+            with mock.patch("os.dup2") as dup2:
+                self.assertEqual(self.main("GET", "/p"), (0, "", ""))
+        self.assertEqual(dup2.call_args[0][1], 1)
+        os.close(dup2.call_args[0][0])
+
+    def test_an_interrupt(self):
+        with mock.patch("bpx.request", side_effect=KeyboardInterrupt):
+            found = self.main("GET", "/p")
+        self.assertEqual(found, (4, "", "bpx.py: KeyboardInterrupt:\n"))
+
+    def test_as_main(self):
+        with mock.patch("sys.argv", ["bpx.py", "--help"]):
+            with contextlib.redirect_stdout(io.StringIO()) as output:
+                with self.assertRaises(SystemExit) as caught:
+                    runpy.run_path(bpx.__file__, run_name="__main__")
+        self.assertEqual(caught.exception.code, 0)
+        self.assertIn("METHOD PATH", output.getvalue())
 
 
 # What a restricted interpreter must do with the file.
