@@ -242,7 +242,7 @@ def _signer(secret_key: str) -> Any:
     except ImportError as error:
         raise ImportError("to sign requests, pip install PyNaCl") from error
     try:
-        seed = base64.b64decode(secret_key, validate=True)
+        seed = base64.b64decode(secret_key)
     except ValueError:
         seed = b""  # and no raise in here: the context could show the key
     if len(seed) != 32 or base64.b64encode(seed).decode() != secret_key:
@@ -351,22 +351,24 @@ class _Transport(urllib.request.BaseHandler):
     def http_open(self, req: Any) -> Tuple[int, Mapping[str, str], bytes]:
         """Send a request once; return the status, headers and body."""
         idle, key = vars(self.idle), f"{os.getpid()} {req.type} {req.host}"
+        failure: Any = NotSentError
+        connection = idle.pop(key, None)
         try:
-            connection = idle.pop(key, None)
             if connection is None or not self.is_ready(connection):
-                connection = self.connect(req)
-        except Exception as error:
-            raise NotSentError(repr(error)) from error
-        try:
+                connection = self.connection(req)
+                connection.connect()
+                weakref.finalize(connection, connection.sock.close)
+            failure = UnknownOutcomeError
             connection.sock.settimeout(req.timeout)
             call = req.get_method(), req.selector, req.data, req.headers
             connection.request(*call)
             with connection.getresponse() as response:
                 answer = response.status, response.headers, self.read(response)
         except BaseException as error:
-            connection.close()
+            if connection is not None:
+                connection.close()
             if isinstance(error, Exception):
-                raise UnknownOutcomeError(repr(error)) from error
+                raise failure(repr(error)) from error
             raise
         if not response.will_close:
             connection.idle_since = time.monotonic()
@@ -375,8 +377,8 @@ class _Transport(urllib.request.BaseHandler):
 
     https_open = http_open
 
-    def connect(self, req: Any) -> Any:
-        """Open a connection, by the environment's proxy if it names one."""
+    def connection(self, req: Any) -> Any:
+        """One not yet open, by the environment's proxy if it names one."""
         via = urllib.request.Request(req.full_url)
         connection: Any = http.client.HTTPConnection(req.host)
         if req.type == "https":
@@ -391,12 +393,6 @@ class _Transport(urllib.request.BaseHandler):
             connection.set_tunnel(req.host, headers=via.headers)
         connection.timeout = req.timeout
         connection.response_class = self.respond
-        try:
-            connection.connect()
-        except BaseException:
-            connection.close()
-            raise
-        weakref.finalize(connection, connection.sock.close)
         return connection
 
     def is_ready(self, connection: Any) -> bool:
@@ -413,10 +409,7 @@ class _Transport(urllib.request.BaseHandler):
         end = time.monotonic() + sock.gettimeout()
 
         def readinto(buffer: Any) -> int:
-            left = end - time.monotonic()
-            if left <= 0:
-                raise TimeoutError("timed out")
-            sock.settimeout(left)
+            sock.settimeout(end - time.monotonic())  # ValueError if over
             size: int = sock.recv_into(buffer)
             if not size:  # which http.client takes for the end of the headers
                 raise ConnectionError("closed before the answer was whole")
@@ -431,9 +424,8 @@ class _Transport(urllib.request.BaseHandler):
         """The whole body, if the answer says, once, where it ends."""
         declared = response.headers.get_all("Content-Length", [])
         declared += response.headers.get_all("Transfer-Encoding", [])
-        certain = response.chunked or response.length is not None
-        if not certain or len(declared) > 1 or response.status < 200:
-            raise http.client.HTTPException("an answer without a certain end")
+        if len(declared) > 1 or response.status < 200:
+            raise http.client.HTTPException("an answer of unclear length")
         body = bytearray()
         for part in iter(lambda: response.read(65536), b""):
             body += part

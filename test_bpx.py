@@ -418,6 +418,8 @@ BAD_PARAMS = [
     ("no number", {"price": decimal.Decimal("-Infinity")}, "price"),
     ("would fill the memory", {"p": decimal.Decimal("1E+999999999")}, "p:"),
     ("would fill the memory", {"p": decimal.Decimal("0E-999999999")}, "p:"),
+    ("too large", {"p": decimal.Decimal("1E+1000")}, "p:"),
+    ("too small", {"p": decimal.Decimal("1E-1000")}, "p:"),
     ("not UTF-8", {"symbol": "\ud800"}, "surrogates"),
     ("not UTF-8", {"\udfff": "x"}, "surrogates"),
     ("a list in a list", {"marketType": [["SPOT"]]}, "marketType"),
@@ -594,7 +596,10 @@ def signed_text(seen, instruction):
 
 
 def verify(seen, instruction):
-    """Raise unless the signature on the wire is that of what is there."""
+    """Raise unless the signature on the wire is of now and what is there."""
+    age = time.time() * 1000 - int(seen.headers["X-Timestamp"])
+    if not -1000 < age < 60000:
+        raise ValueError("expired")
     key = nacl.signing.VerifyKey(base64.b64decode(seen.headers["X-API-Key"]))
     key.verify(
         signed_text(seen, instruction).encode(),
@@ -798,6 +803,39 @@ class SignRequest(unittest.TestCase):
         bpx.sign_request("accountQuery", None, key)
 
 
+# (arguments of build_request besides those of a signed order, the whole text)
+KINDS = "pass str, bool, int, finite Decimal (no float: 0.1 + 0.2 is not 0.3)"
+MESSAGES = [
+    (
+        {"params": {"price": 0.1}},
+        f"price: {KINDS}, Enum, None or list, not float",
+    ),
+    ({"params": {"a": {1: 2}}}, "a: pass names as str, not 1"),
+    ({"params": {1: 2}}, "params: pass names as str, not 1"),
+    ({"params": LOOP}, "params are nested too deeply"),
+    ({"params": "a"}, "params must be a mapping or, a batch, a list of some"),
+    ({"params": 5}, "params must be a mapping or, a batch, a list of some"),
+    ({"instruction": "-"}, "instruction must be a word, such as orderExecute"),
+    ({"timestamp": "1"}, "timestamp must be an int, in ms since 1970"),
+    ({"window": 0}, "window must be an int from 1 to 60000 ms"),
+    ({"secret_key": 5}, "secret_key must be a str"),
+    (
+        {"secret_key": "é"},
+        "secret_key must be base64 of 32 bytes, not 0 bytes in 1 characters",
+    ),
+    ({"method": ""}, "method must be a word, such as GET"),
+    ({"path": ""}, "path must be a path without a query"),
+    ({"base_url": ""}, "base_url must be https, or http on loopback"),
+    ({"headers": {"Host": ""}}, "a header must be ASCII, and not HTTP's"),
+    ({"secret_key": None}, "POST /api/v1/order: pass secret_key"),
+    ({"path": "/p"}, "POST /p: pass instruction or no secret_key"),
+    (
+        {"method": "GET", "params": {"a": {}}},
+        "params: a query has no place for a mapping within",
+    ),
+]
+
+
 class BuildRequest(unittest.TestCase):
     ORDER = {"method": "POST", "path": "/api/v1/order", "secret_key": GUIDE}
 
@@ -850,6 +888,7 @@ class BuildRequest(unittest.TestCase):
         for base_url, url in [
             ("https://a.example", "https://a.example/p"),
             ("https://a.example/", "https://a.example/p"),
+            ("https://a.example/X", "https://a.example/X/p"),
             (
                 "https://a-1.example:8443/x/y_z.~",
                 "https://a-1.example:8443/x/y_z.~/p",
@@ -896,16 +935,12 @@ class BuildRequest(unittest.TestCase):
             built.header_items(), [("User-agent", "bpx.py/" + bpx.__version__)]
         )
 
-    def test_what_to_pass(self):
-        for options, hint in [
-            ({"method": "POST", "path": "/api/v1/order"}, "pass secret_key"),
-            (
-                {"method": "GET", "path": "/", "secret_key": GUIDE},
-                "pass instruction or no secret_key",
-            ),
-        ]:
-            with self.assertRaisesRegex(ValueError, hint):
-                bpx.build_request(**options)
+    def test_messages(self):
+        for options, text in MESSAGES:
+            with self.subTest(text):
+                with self.assertRaises((TypeError, ValueError)) as caught:
+                    bpx.build_request(**{**self.ORDER, **options})
+                self.assertEqual(str(caught.exception), text)
 
     def test_instructions(self):
         # SHA-256 of the signed rows of the exchange's API, method, path and
@@ -1611,6 +1646,14 @@ class Transport(unittest.TestCase):
                 for line, headers in tls.seen:
                     self.assertEqual(headers["Host"], f"localhost:{tls.port}")
                     self.assertNotIn("Proxy-Authorization", headers)
+
+    def test_certificates_are_loaded_once(self):
+        make = ssl.create_default_context
+        with mock.patch("ssl.create_default_context", wraps=make) as made:
+            with TLSServer([HEAD + b"Connection: close\r\n" + REST]) as server:
+                self.order(server.url)
+                self.assertEqual(self.ask(server.url), 2)
+        self.assertEqual(made.call_count, 1)
 
     def test_no_proxy(self):
         for kind, no_proxy in zip(BOTH, ("", "localhost")):
