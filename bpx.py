@@ -39,8 +39,9 @@ from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple, Union
 __version__ = "1.0.0"
 __all__ = ["canonical_string", "sign_request", "build_request", "request"]
 __all__ += ["get", "post", "delete", "patch", "INSTRUCTIONS", "BASE_URL"]
-__all__ += ["DEFAULT_WINDOW", "MAX_WINDOW", "DEFAULT_TIMEOUT", "BPXError"]
-__all__ += ["APIError", "NotSentError", "UnknownOutcomeError"]
+__all__ += ["DEFAULT_WINDOW", "MAX_WINDOW", "DEFAULT_TIMEOUT", "MAX_IDLE"]
+__all__ += ["MAX_BODY", "BPXError", "APIError", "NotSentError"]
+__all__ += ["UnknownOutcomeError"]
 
 BASE_URL = "https://api.backpack.exchange"
 DEFAULT_WINDOW = 5000  # ms for which a signed request is valid
@@ -117,9 +118,14 @@ class BPXError(Exception):
 
 
 class APIError(BPXError):
-    """A status other than 2xx; body is decoded, code and message from it."""
+    """The exchange answered with a status other than 2xx.
+
+    body is the decoded answer, code and message are what it has, or None. A
+    408 or 5xx may come from a gateway: what became of an order is unknown.
+    """
 
     def __init__(self, status: int, body: Any, headers: Mapping[str, str]):
+        super().__init__(status, body, headers)
         self.status, self.body, self.headers = status, body, headers
         said = body if isinstance(body, dict) else {"message": body}
         self.code, self.message = said.get("code"), said.get("message")
@@ -160,7 +166,7 @@ def _plain(name: str, value: Any) -> Any:
             if type(item) is not str:
                 item = _plain(key, item)
             if item is not None:
-                plain[key] = item
+                plain[key if type(key) is str else str.__str__(key)] = item
         return plain
     if isinstance(value, Enum):
         return _plain(name, value.value)
@@ -175,9 +181,11 @@ def _plain(name: str, value: Any) -> Any:
         items = [_plain(name, item) for item in value]
         if not any(isinstance(item, (list, dict)) for item in items):
             return [item for item in items if item is not None]
-    kinds = "str, bool, int, finite Decimal (no float: 0.1 + 0.2 is not 0.3)"
-    found = type(value).__name__
-    raise TypeError(f"{name}: pass {kinds}, Enum, None or list, not {found}")
+    raise TypeError(
+        f"{name}: pass str, bool, int, finite Decimal (not float: 0.1 + 0.2 is"
+        " not 0.3), None, Enum, a mapping or a flat list of these, "
+        f"not this {type(value).__name__}"
+    )
 
 
 def _plain_orders(params: Any) -> List[Dict[str, Any]]:
@@ -188,7 +196,7 @@ def _plain_orders(params: Any) -> List[Dict[str, Any]]:
     except RecursionError:
         raise ValueError("params are nested too deeply") from None
     if set(map(type, plain)) != {dict}:
-        raise TypeError("params must be a mapping or, a batch, a list of some")
+        raise TypeError("params must be a mapping, or a batch: a list of some")
     return plain
 
 
@@ -289,7 +297,8 @@ _BASE_URL = (
     r"|127(\.(25[0-5]|2[0-4][0-9]|1?[0-9]?[0-9])){3}))(:[0-9]{1,5})?"
     r"(/[A-Za-z0-9_.~-]+)*/?"
 )
-_HEADER = r"(?ai)(?!(host|content-length|\w+-encoding)\n)[a-z0-9-]+\n[ -~]*"
+_OURS = "host|content-.*|.*-encoding|x-(api-key|signature|timestamp|window)"
+_HEADER = rf"(?ai)(?!({_OURS})\n)[a-z0-9-]+\n[ -~]*"  # name, value
 
 
 def _check(name: str, value: str, pattern: str, hint: str) -> None:
@@ -321,7 +330,9 @@ def build_request(
     _check("base_url", base_url, _BASE_URL, "https, or http on loopback")
     sent = {"User-Agent": f"bpx.py/{__version__}", **(headers or {})}
     for header in sent.items():
-        _check("a header", "\n".join(header), _HEADER, "ASCII, and not HTTP's")
+        _check(
+            "a header", "\n".join(header), _HEADER, "ASCII, and none of ours"
+        )
     method, url = method.upper(), base_url.rstrip("/") + path
     orders, is_batch = _plain_orders(params), isinstance(params, (list, tuple))
     instruction = instruction or INSTRUCTIONS.get(method + " " + path)
@@ -329,14 +340,14 @@ def build_request(
         times: Any = {"timestamp": timestamp, "window": window}
         sent.update(sign_request(instruction, orders, secret_key, **times))
     elif instruction or secret_key is not None:
-        hint = "secret_key" if instruction else "instruction or no secret_key"
+        hint = "secret_key" if instruction else "instruction, or no secret_key"
         raise ValueError(f"{method} {path}: pass {hint}")
     if method != "GET":
         sent["Content-Type"] = "application/json; charset=utf-8"
         body = _json(orders if is_batch else orders[0]).encode()
         return urllib.request.Request(url, body, sent, method=method)
     if is_batch or dict in map(type, orders[0].values()):
-        raise TypeError("params: a query has no place for a mapping within")
+        raise TypeError("params: GET takes one mapping, and none within")
     pairs = [map(urllib.parse.quote, p, ("", "")) for p in _pairs(orders[0])]
     query = "?" + "&".join(map("=".join, pairs)) if pairs else ""
     return urllib.request.Request(url + query, None, sent)
@@ -355,8 +366,9 @@ class _Transport(urllib.request.BaseHandler):
         connection = idle.pop(key, None)
         try:
             if connection is None or not self.is_ready(connection):
-                connection = self.connection(req)
+                connection = self.prepare(req)
                 connection.connect()
+                # Else the garbage collector would warn of an open socket.
                 weakref.finalize(connection, connection.sock.close)
             failure = UnknownOutcomeError
             connection.sock.settimeout(req.timeout)
@@ -377,16 +389,16 @@ class _Transport(urllib.request.BaseHandler):
 
     https_open = http_open
 
-    def connection(self, req: Any) -> Any:
-        """One not yet open, by the environment's proxy if it names one."""
+    def prepare(self, req: Any) -> Any:
+        """A connection to open, by the environment's proxy if it names one."""
         via = urllib.request.Request(req.full_url)
         connection: Any = http.client.HTTPConnection(req.host)
         if req.type == "https":
             import ssl  # here, as some Pythons are without it
 
             self.context = self.context or ssl.create_default_context()
-            proxies = urllib.request.ProxyHandler()
-            getattr(proxies, "https_open", id)(via)  # its own if there is one
+            # The method is there only if the environment names a proxy.
+            getattr(urllib.request.ProxyHandler(), "https_open", id)(via)
             tls: Any = {"context": self.context}
             connection = http.client.HTTPSConnection(via.host, **tls)
         if via.host != req.host:
@@ -403,13 +415,16 @@ class _Transport(urllib.request.BaseHandler):
             age = time.monotonic() - connection.idle_since
             return not (age > MAX_IDLE or pending() or selector.select(0))
 
-    def respond(self, sock: Any, **options: Any) -> http.client.HTTPResponse:
+    def respond(self, sock: Any, *args: Any, **options: Any) -> Any:
         """An answer with one timeout for all its bytes, and no silent end."""
-        response = http.client.HTTPResponse(sock, **options)
+        response = http.client.HTTPResponse(sock, *args, **options)
         end = time.monotonic() + sock.gettimeout()
 
         def readinto(buffer: Any) -> int:
-            sock.settimeout(end - time.monotonic())  # ValueError if over
+            left = end - time.monotonic()
+            if left <= 0:
+                raise TimeoutError("timed out")
+            sock.settimeout(left)
             size: int = sock.recv_into(buffer)
             if not size:  # which http.client takes for the end of the headers
                 raise ConnectionError("closed before the answer was whole")
@@ -417,7 +432,7 @@ class _Transport(urllib.request.BaseHandler):
 
         raw: Any = response.fp.raw
         raw.readinto = readinto
-        raw.readall = None  # which http.client calls for a chunk of size -1
+        raw.readall = None  # to raise for a chunk of size -1, not to read all
         return response
 
     def read(self, response: http.client.HTTPResponse) -> bytes:
@@ -477,28 +492,26 @@ patch = functools.partial(request, "PATCH")
 # --- Command line ---
 def _pair(text: str) -> Tuple[str, Any]:
     name, value = text.split("=", 1)
-    return (
-        (name[:-1], json.loads(value)) if name[-1:] == ":" else (name, value)
-    )
+    typed = name.endswith(":")
+    return (name[:-1], json.loads(value)) if typed else (name, value)
 
 
-def _run(method: str, path: str, pairs: Any, **options: Any) -> str:
+def _run(method: str, path: str, pairs: Any, **options: Any) -> Any:
+    """The answer, or for a dry run the text of the request."""
     text, timeout = options.pop("json"), options.pop("timeout")
     dry_run, params = options.pop("dry_run"), dict(pairs)
-    if len(params) < len(pairs) or params and text:
-        raise ValueError("pass each parameter once, in --json or name=text")
-    if text:
+    if len(params) < len(pairs) or params and text is not None:
+        raise ValueError("pass each parameter once, as name=text or in --json")
+    if text is not None:
         params = json.loads(sys.stdin.buffer.read() if text == "-" else text)
-    instruction = options["instruction"] or INSTRUCTIONS.get(
-        f"{method} {path}"
-    )
+    known = INSTRUCTIONS.get(f"{method} {path}")
+    instruction = options["instruction"] or known
     if instruction:
         if "BPX_SECRET_KEY" not in os.environ:
             raise ValueError("to sign this, set BPX_SECRET_KEY")
         options["secret_key"] = os.environ["BPX_SECRET_KEY"]
     if not dry_run:
-        answer = request(method, path, params, timeout=timeout, **options)
-        return json.dumps(answer, indent=2)
+        return request(method, path, params, timeout=timeout, **options)
     built: Any = build_request(method, path, params, **options)
     lines = [f"{method} {built.full_url}"]
     if instruction:
@@ -511,10 +524,12 @@ def _run(method: str, path: str, pairs: Any, **options: Any) -> str:
 def main(argv: Optional[Sequence[str]] = None) -> None:
     """Run the command line: exit with 0, or as the README says with 1 to 4."""
     usage = "bpx.py [options] METHOD PATH [name=text | name:=json]..."
-    parser = argparse.ArgumentParser("bpx.py", argparse.SUPPRESS, usage)
+    parser = argparse.ArgumentParser(
+        "bpx.py", usage=argparse.SUPPRESS, description=usage
+    )
     parser.add_argument("method", type=str.upper)
     parser.add_argument("path")
-    parser.add_argument("pairs", nargs="*", type=_pair)
+    parser.add_argument("pairs", nargs="*", type=_pair, metavar="name=text")
     parser.add_argument("--json", help="all parameters; - is standard input")
     parser.add_argument("--dry-run", action="store_true", help="send nothing")
     parser.add_argument("--instruction", help="where the path has none known")
@@ -523,13 +538,18 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     parser.add_argument("--base-url", default=BASE_URL)
     statuses: Dict[type, int] = {APIError: 1, NotSentError: 3}
     statuses[UnknownOutcomeError] = statuses[KeyboardInterrupt] = 4
+    status = 2
     try:
-        print(_run(**vars(parser.parse_intermixed_args(argv))), flush=True)
+        args = parser.parse_intermixed_args(argv)
+        answer = _run(**vars(args))
+        status = 2 if args.dry_run else 4  # as now it was sent
+        text = answer if args.dry_run else json.dumps(answer, indent=2)
+        print(text, flush=True)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # for the flush at exit
     except (Exception, KeyboardInterrupt) as error:
         text = " ".join(f"bpx.py: {type(error).__name__}: {error}".split())
-        parser.exit(statuses.get(type(error), 2), text + "\n")
+        parser.exit(statuses.get(type(error), status), text + "\n")
 
 
 if __name__ == "__main__":

@@ -330,6 +330,9 @@ class Side(enum.Enum):
 class Text(str):
     """Shows something else than its characters, as a str of Enum does."""
 
+    def encode(self, *args):
+        return b"encoded"
+
     def __str__(self):
         return "shown"
 
@@ -511,6 +514,9 @@ BAD_REQUESTS = [
     ("where the body ends", {"headers": {"Transfer-Encoding": "chunked"}}),
     ("an answer not to be read", {"headers": {"Accept-Encoding": "gzip"}}),
     ("another host", {"headers": {"Host": "evil.example"}}),
+    ("not what is signed", {"headers": {"x-window": "60000"}}),
+    ("not what is signed", {"headers": {"X-API-KEY": "k"}}),
+    ("not what is sent", {"headers": {"content-type": "text/plain"}}),
     ("signed, but without a key", {"secret_key": None}),
     ("a key that nothing is signed with", {"path": "/api/v1/ping"}),
     ("a key, but known by another method", {"method": "PUT"}),
@@ -804,17 +810,18 @@ class SignRequest(unittest.TestCase):
 
 
 # (arguments of build_request besides those of a signed order, the whole text)
-KINDS = "pass str, bool, int, finite Decimal (no float: 0.1 + 0.2 is not 0.3)"
+KINDS = (
+    "pass str, bool, int, finite Decimal (not float: 0.1 + 0.2 is not 0.3), "
+    "None, Enum, a mapping or a flat list of these, not this "
+)
 MESSAGES = [
-    (
-        {"params": {"price": 0.1}},
-        f"price: {KINDS}, Enum, None or list, not float",
-    ),
+    ({"params": {"price": 0.1}}, "price: " + KINDS + "float"),
+    ({"params": {"a": [{}]}}, "a: " + KINDS + "list"),
     ({"params": {"a": {1: 2}}}, "a: pass names as str, not 1"),
     ({"params": {1: 2}}, "params: pass names as str, not 1"),
     ({"params": LOOP}, "params are nested too deeply"),
-    ({"params": "a"}, "params must be a mapping or, a batch, a list of some"),
-    ({"params": 5}, "params must be a mapping or, a batch, a list of some"),
+    ({"params": "a"}, "params must be a mapping, or a batch: a list of some"),
+    ({"params": 5}, "params must be a mapping, or a batch: a list of some"),
     ({"instruction": "-"}, "instruction must be a word, such as orderExecute"),
     ({"timestamp": "1"}, "timestamp must be an int, in ms since 1970"),
     ({"window": 0}, "window must be an int from 1 to 60000 ms"),
@@ -826,12 +833,12 @@ MESSAGES = [
     ({"method": ""}, "method must be a word, such as GET"),
     ({"path": ""}, "path must be a path without a query"),
     ({"base_url": ""}, "base_url must be https, or http on loopback"),
-    ({"headers": {"Host": ""}}, "a header must be ASCII, and not HTTP's"),
+    ({"headers": {"Host": ""}}, "a header must be ASCII, and none of ours"),
     ({"secret_key": None}, "POST /api/v1/order: pass secret_key"),
-    ({"path": "/p"}, "POST /p: pass instruction or no secret_key"),
+    ({"path": "/p"}, "POST /p: pass instruction, or no secret_key"),
     (
         {"method": "GET", "params": {"a": {}}},
-        "params: a query has no place for a mapping within",
+        "params: GET takes one mapping, and none within",
     ),
 ]
 
@@ -924,12 +931,11 @@ class BuildRequest(unittest.TestCase):
             )
 
     def test_headers(self):
-        headers = {"X-Extra": "~ !", "user-agent": "mine", "x-window": "9"}
+        headers = {"X-Extra": "~ !", "user-agent": "mine"}
         built = bpx.build_request(headers=headers, **self.ORDER)
         self.assertEqual(built.get_header("X-extra"), "~ !")
         self.assertEqual(built.get_header("User-agent"), "mine")
         self.assertEqual(built.get_header("X-window"), "5000")
-        self.assertEqual(headers["x-window"], "9")
         built = bpx.build_request("GET", "/")
         self.assertEqual(
             built.header_items(), [("User-agent", "bpx.py/" + bpx.__version__)]
@@ -1115,6 +1121,9 @@ class Calls(ExchangeCase):
                 self.assertEqual(error.headers["retry-after"], "7")
                 if text:
                     self.assertEqual(str(error), text)
+                error = bpx.APIError(
+                    status=400, body=error.body, headers=error.headers
+                )
                 copy = pickle.loads(pickle.dumps(error))
                 self.assertEqual(str(copy), str(error))
                 self.assertEqual(copy.body, error.body)
@@ -1647,6 +1656,20 @@ class Transport(unittest.TestCase):
                     self.assertEqual(headers["Host"], f"localhost:{tls.port}")
                     self.assertNotIn("Proxy-Authorization", headers)
 
+    def test_debugging(self):
+        with mock.patch("http.client.HTTPConnection.debuglevel", 1):
+            with Server() as server:
+                with contextlib.redirect_stdout(io.StringIO()):
+                    self.assertEqual(self.ask(server.url), 1)
+
+    def test_the_error_of_a_timeout(self):
+        for script in then(HEAD, *DRIP), []:
+            with self.subTest(script), Server(script) as server:
+                with self.assertRaisesRegex(
+                    bpx.UnknownOutcomeError, "(?i)timeout.*timed out"
+                ):
+                    self.order(server.url, 0.2)
+
     def test_certificates_are_loaded_once(self):
         make = ssl.create_default_context
         with mock.patch("ssl.create_default_context", wraps=make) as made:
@@ -1723,8 +1746,10 @@ USAGES = [
     ("no time", ["GET", "/p", "--timeout", "0"], "timeout"),
     ("no TLS", ["GET", "/p", "--base-url", "http://a.example"], "base_url"),
     ("a query", ["GET", "/p?a=b"], "path"),
-    ("both", ["POST", "/p", "a=b", "--json", "{}"], "--json"),
-    ("twice", ["POST", "/p", "a=b", "a=c"], "once"),
+    ("both", ["POST", "/p", "a=b", "--json", "{}"], "ValueError: pass each"),
+    ("both", ["POST", "/p", "a=b", "--json", ""], "ValueError: pass each"),
+    ("empty", ["POST", "/p", "--json", ""], "JSON"),
+    ("twice", ["POST", "/p", "a=b", "a=c"], "name=text or in --json"),
 ]
 
 
@@ -1840,7 +1865,8 @@ class CommandLine(ExchangeCase):
                 self.assertNotIn("\n", errors[:-1])
         status, output, errors = self.main("GET", "/api/v1/order", key=None)
         self.assertEqual((status, output), (2, ""))
-        self.assertRegex(errors, r"\Abpx\.py: .*BPX_SECRET_KEY.*\n\Z")
+        said = "bpx.py: ValueError: to sign this, set BPX_SECRET_KEY\n"
+        self.assertEqual(errors, said)
         status, output, errors = self.main("GET", "/api/v1/order", key="x")
         self.assertEqual((status, output), (2, ""))
         self.assertEqual(self.exchange.seen, [])
@@ -1898,6 +1924,13 @@ class CommandLine(ExchangeCase):
                 self.assertEqual(self.main("GET", "/p"), (0, "", ""))
         self.assertEqual(dup2.call_args[0][1], 1)
         os.close(dup2.call_args[0][0])
+
+    def test_what_was_sent_is_not_called_untried(self):
+        with mock.patch("builtins.print", side_effect=OSError("full")):
+            status, _, errors = self.main("GET", "/p")
+            self.assertEqual((status, errors), (4, "bpx.py: OSError: full\n"))
+            status, _, errors = self.main("GET", "/p", "--dry-run")
+            self.assertEqual((status, errors), (2, "bpx.py: OSError: full\n"))
 
     def test_an_interrupt(self):
         with mock.patch("bpx.request", side_effect=KeyboardInterrupt):
