@@ -181,10 +181,10 @@ def _plain(name: str, value: Any) -> Any:
         items = [_plain(name, item) for item in value]
         if not any(isinstance(item, (list, dict)) for item in items):
             return [item for item in items if item is not None]
+    kinds = "str, bool, int, finite Decimal (not float: 0.1 + 0.2 is not 0.3)"
+    found = type(value).__name__
     raise TypeError(
-        f"{name}: pass str, bool, int, finite Decimal (not float: 0.1 + 0.2 is"
-        " not 0.3), None, Enum, a mapping or a flat list of these, "
-        f"not this {type(value).__name__}"
+        f"{name}: pass {kinds}, Enum, None, flat list; not {found}"
     )
 
 
@@ -306,6 +306,13 @@ def _check(name: str, value: str, pattern: str, hint: str) -> None:
         raise ValueError(f"{name} must be {hint}")  # the value may be secret
 
 
+def _query(plain: Any) -> str:
+    if isinstance(plain, list) or dict in map(type, plain.values()):
+        raise TypeError("params: GET takes one mapping, and none within")
+    quoted = [map(urllib.parse.quote, p, ("", "")) for p in _pairs(plain)]
+    return "?" + "&".join(map("=".join, quoted)) if quoted else ""
+
+
 def build_request(
     method: str,
     path: str,
@@ -330,11 +337,10 @@ def build_request(
     _check("base_url", base_url, _BASE_URL, "https, or http on loopback")
     sent = {"User-Agent": f"bpx.py/{__version__}", **(headers or {})}
     for header in sent.items():
-        _check(
-            "a header", "\n".join(header), _HEADER, "ASCII, and none of ours"
-        )
+        _check("a header", "\n".join(header), _HEADER, "ASCII, and not ours")
     method, url = method.upper(), base_url.rstrip("/") + path
-    orders, is_batch = _plain_orders(params), isinstance(params, (list, tuple))
+    orders = _plain_orders(params)
+    plain: Any = orders if isinstance(params, (list, tuple)) else orders[0]
     instruction = instruction or INSTRUCTIONS.get(method + " " + path)
     if instruction and secret_key is not None:
         times: Any = {"timestamp": timestamp, "window": window}
@@ -342,15 +348,11 @@ def build_request(
     elif instruction or secret_key is not None:
         hint = "secret_key" if instruction else "instruction, or no secret_key"
         raise ValueError(f"{method} {path}: pass {hint}")
-    if method != "GET":
-        sent["Content-Type"] = "application/json; charset=utf-8"
-        body = _json(orders if is_batch else orders[0]).encode()
-        return urllib.request.Request(url, body, sent, method=method)
-    if is_batch or dict in map(type, orders[0].values()):
-        raise TypeError("params: GET takes one mapping, and none within")
-    pairs = [map(urllib.parse.quote, p, ("", "")) for p in _pairs(orders[0])]
-    query = "?" + "&".join(map("=".join, pairs)) if pairs else ""
-    return urllib.request.Request(url + query, None, sent)
+    if method == "GET":
+        return urllib.request.Request(url + _query(plain), None, sent)
+    sent["Content-Type"] = "application/json; charset=utf-8"
+    body = _json(plain).encode()
+    return urllib.request.Request(url, body, sent, method=method)
 
 
 # --- Transport: sends a request once, over a connection that is kept ---

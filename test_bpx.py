@@ -812,7 +812,7 @@ class SignRequest(unittest.TestCase):
 # (arguments of build_request besides those of a signed order, the whole text)
 KINDS = (
     "pass str, bool, int, finite Decimal (not float: 0.1 + 0.2 is not 0.3), "
-    "None, Enum, a mapping or a flat list of these, not this "
+    "Enum, None, flat list; not "
 )
 MESSAGES = [
     ({"params": {"price": 0.1}}, "price: " + KINDS + "float"),
@@ -833,7 +833,7 @@ MESSAGES = [
     ({"method": ""}, "method must be a word, such as GET"),
     ({"path": ""}, "path must be a path without a query"),
     ({"base_url": ""}, "base_url must be https, or http on loopback"),
-    ({"headers": {"Host": ""}}, "a header must be ASCII, and none of ours"),
+    ({"headers": {"Host": ""}}, "a header must be ASCII, and not ours"),
     ({"secret_key": None}, "POST /api/v1/order: pass secret_key"),
     ({"path": "/p"}, "POST /p: pass instruction, or no secret_key"),
     (
