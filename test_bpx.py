@@ -1062,112 +1062,6 @@ class OnTheWire(ExchangeCase):
                     self.assertNotIn(secret, shown(caught.exception))
 
 
-# (body of an answer, what is returned)
-ANSWERS = [
-    (b"", None),
-    (b"{}", {}),
-    (
-        b'{"a": [1, "\xc3\xa9", null, true, 0.5]}',
-        {"a": [1, "é", None, True, 0.5]},
-    ),
-    (b"[]", []),
-    (b"null", None),
-    (b"1750793021519", 1750793021519),
-    (b"pong", "pong"),
-    (b"\xef\xbb\xbf[1]", [1]),
-    (b"\xef\xbb\xbf", None),
-    (b"\xff{", "\ufffd{"),
-    (b'"\xff"', "\ufffd"),
-    (b"{", "{"),
-    (b"[" * 100000, "[" * 100000),
-    (b"9" * 5000 + b"x", "9" * 5000 + "x"),
-]
-# (body of an answer, code, message, str)
-REFUSALS = [
-    (
-        b'{"code": "INVALID_SIGNATURE", "message": "Invalid\\n signature"}',
-        ("INVALID_SIGNATURE", "Invalid\n signature"),
-        "400 INVALID_SIGNATURE Invalid signature",
-    ),
-    (b'{"message": "no"}', (None, "no"), "400 no"),
-    (b'{"code": 5}', (5, None), "400 5"),
-    (b'{"code": {"a": []}, "message": [1]}', ({"a": []}, [1]), None),
-    (b"", (None, None), "400"),
-    (b"[1]", (None, [1]), "400 [1]"),
-    (b"null", (None, None), "400"),
-    (b"<h1>Bad\nGateway", (None, "<h1>Bad\nGateway"), "400 <h1>Bad Gateway"),
-    (b"x" * 999, (None, "x" * 999), "400 " + "x" * 296),
-]
-
-
-class Calls(ExchangeCase):
-    def test_answers(self):
-        for body, expected in ANSWERS:
-            for status in (200, 202, 299):
-                with self.subTest(body[:30], status=status):
-                    self.exchange.answer = (status, {}, body)
-                    answer, _ = self.send("GET", "/api/v1/ping")
-                    self.assertEqual(repr(answer), repr(expected))
-
-    def test_refusals(self):
-        for body, words, text in REFUSALS:
-            with self.subTest(body[:30]):
-                self.exchange.answer = (400, {"Retry-After": "7"}, body)
-                with self.assertRaises(bpx.APIError) as caught:
-                    self.send("GET", "/api/v1/ping")
-                error = caught.exception
-                self.assertEqual(error.status, 400)
-                self.assertEqual((error.code, error.message), words)
-                self.assertEqual(error.headers["retry-after"], "7")
-                if text:
-                    self.assertEqual(str(error), text)
-                error = bpx.APIError(
-                    status=400, body=error.body, headers=error.headers
-                )
-                copy = pickle.loads(pickle.dumps(error))
-                self.assertEqual(str(copy), str(error))
-                self.assertEqual(copy.body, error.body)
-        for body, expected in ANSWERS:
-            with self.subTest(body[:30]):
-                self.exchange.answer = (500, {}, body)
-                with self.assertRaises(bpx.APIError) as caught:
-                    self.send("GET", "/api/v1/ping")
-                self.assertEqual(repr(caught.exception.body), repr(expected))
-
-    def test_statuses(self):
-        for status in (300, 304, 400, 401, 404, 429, 500, 503, 999):
-            self.exchange.answer = (status, {}, b"")
-            with self.assertRaises(bpx.APIError) as caught:
-                self.send("GET", "/api/v1/ping")
-            self.assertEqual(caught.exception.status, status)
-            self.assertEqual(str(caught.exception), str(status))
-
-    def test_methods(self):
-        for call in (bpx.get, bpx.post, bpx.delete, bpx.patch):
-            call("/p", {"a": "b"}, base_url=self.exchange.url, timeout=5)
-        methods = [seen.method for seen in self.exchange.seen]
-        self.assertEqual(methods, ["GET", "POST", "DELETE", "PATCH"])
-
-    def test_errors_have_a_common_base(self):
-        for error in (bpx.APIError, bpx.NotSentError, bpx.UnknownOutcomeError):
-            self.assertTrue(issubclass(error, bpx.BPXError))
-        self.assertFalse(issubclass(bpx.BPXError, (OSError, ValueError)))
-
-    def test_public_names(self):
-        self.assertEqual(
-            (
-                bpx.BASE_URL,
-                bpx.DEFAULT_WINDOW,
-                bpx.MAX_WINDOW,
-                bpx.DEFAULT_TIMEOUT,
-            ),
-            ("https://api.backpack.exchange", 5000, 60000, 10),
-        )
-        self.assertEqual((bpx.MAX_IDLE, bpx.MAX_BODY), (15, 16 * 1024**2))
-        for name in bpx.__all__:
-            self.assertTrue(hasattr(bpx, name), name)
-
-
 NUMBERS = itertools.count(1)  # so that no two requests are alike
 # For localhost only, its own authority, until 2120. The key is for tests.
 PEM = """\
@@ -1712,6 +1606,112 @@ class Transport(unittest.TestCase):
                 self.assertEqual(child.stdout.decode().split(), printed)
 
 
+# (body of an answer, what is returned)
+ANSWERS = [
+    (b"", None),
+    (b"{}", {}),
+    (
+        b'{"a": [1, "\xc3\xa9", null, true, 0.5]}',
+        {"a": [1, "é", None, True, 0.5]},
+    ),
+    (b"[]", []),
+    (b"null", None),
+    (b"1750793021519", 1750793021519),
+    (b"pong", "pong"),
+    (b"\xef\xbb\xbf[1]", [1]),
+    (b"\xef\xbb\xbf", None),
+    (b"\xff{", "\ufffd{"),
+    (b'"\xff"', "\ufffd"),
+    (b"{", "{"),
+    (b"[" * 100000, "[" * 100000),
+    (b"9" * 5000 + b"x", "9" * 5000 + "x"),
+]
+# (body of an answer, code, message, str)
+REFUSALS = [
+    (
+        b'{"code": "INVALID_SIGNATURE", "message": "Invalid\\n signature"}',
+        ("INVALID_SIGNATURE", "Invalid\n signature"),
+        "400 INVALID_SIGNATURE Invalid signature",
+    ),
+    (b'{"message": "no"}', (None, "no"), "400 no"),
+    (b'{"code": 5}', (5, None), "400 5"),
+    (b'{"code": {"a": []}, "message": [1]}', ({"a": []}, [1]), None),
+    (b"", (None, None), "400"),
+    (b"[1]", (None, [1]), "400 [1]"),
+    (b"null", (None, None), "400"),
+    (b"<h1>Bad\nGateway", (None, "<h1>Bad\nGateway"), "400 <h1>Bad Gateway"),
+    (b"x" * 999, (None, "x" * 999), "400 " + "x" * 296),
+]
+
+
+class Calls(ExchangeCase):
+    def test_answers(self):
+        for body, expected in ANSWERS:
+            for status in (200, 202, 299):
+                with self.subTest(body[:30], status=status):
+                    self.exchange.answer = (status, {}, body)
+                    answer, _ = self.send("GET", "/api/v1/ping")
+                    self.assertEqual(repr(answer), repr(expected))
+
+    def test_refusals(self):
+        for body, words, text in REFUSALS:
+            with self.subTest(body[:30]):
+                self.exchange.answer = (400, {"Retry-After": "7"}, body)
+                with self.assertRaises(bpx.APIError) as caught:
+                    self.send("GET", "/api/v1/ping")
+                error = caught.exception
+                self.assertEqual(error.status, 400)
+                self.assertEqual((error.code, error.message), words)
+                self.assertEqual(error.headers["retry-after"], "7")
+                if text:
+                    self.assertEqual(str(error), text)
+                error = bpx.APIError(
+                    status=400, body=error.body, headers=error.headers
+                )
+                copy = pickle.loads(pickle.dumps(error))
+                self.assertEqual(str(copy), str(error))
+                self.assertEqual(copy.body, error.body)
+        for body, expected in ANSWERS:
+            with self.subTest(body[:30]):
+                self.exchange.answer = (500, {}, body)
+                with self.assertRaises(bpx.APIError) as caught:
+                    self.send("GET", "/api/v1/ping")
+                self.assertEqual(repr(caught.exception.body), repr(expected))
+
+    def test_statuses(self):
+        for status in (300, 304, 400, 401, 404, 429, 500, 503, 999):
+            self.exchange.answer = (status, {}, b"")
+            with self.assertRaises(bpx.APIError) as caught:
+                self.send("GET", "/api/v1/ping")
+            self.assertEqual(caught.exception.status, status)
+            self.assertEqual(str(caught.exception), str(status))
+
+    def test_methods(self):
+        for call in (bpx.get, bpx.post, bpx.delete, bpx.patch):
+            call("/p", {"a": "b"}, base_url=self.exchange.url, timeout=5)
+        methods = [seen.method for seen in self.exchange.seen]
+        self.assertEqual(methods, ["GET", "POST", "DELETE", "PATCH"])
+
+    def test_errors_have_a_common_base(self):
+        for error in (bpx.APIError, bpx.NotSentError, bpx.UnknownOutcomeError):
+            self.assertTrue(issubclass(error, bpx.BPXError))
+        self.assertFalse(issubclass(bpx.BPXError, (OSError, ValueError)))
+
+    def test_public_names(self):
+        self.assertEqual(
+            (
+                bpx.BASE_URL,
+                bpx.DEFAULT_WINDOW,
+                bpx.MAX_WINDOW,
+                bpx.DEFAULT_TIMEOUT,
+            ),
+            ("https://api.backpack.exchange", 5000, 60000, 10),
+        )
+        self.assertEqual((bpx.MAX_IDLE, bpx.MAX_BODY), (15, 16 * 1024**2))
+        for name in bpx.__all__:
+            self.assertTrue(hasattr(bpx, name), name)
+
+
 def command(*argv, key=None, python=(), stdin=None, **environment):
     """Run bpx.py as a shell does: (status, output, errors)."""
     environment = {**os.environ, "PYTHONIOENCODING": "utf-8", **environment}
@@ -1952,7 +1952,6 @@ import sys
 import tempfile
 {before}
 import bpx
-assert not {{"nacl", "ssl.SSLContext"}} & set(sys.modules)
 text = bpx.canonical_string("orderCancel", {{"orderId": 28}}, 5)
 if text != "instruction=orderCancel&orderId=28&timestamp=5&window=5000":
     raise SystemExit("canonical string: " + text)
@@ -2017,21 +2016,20 @@ except bpx.NotSentError as error:
         self.assertEqual(self.probe(before=before), "signed")
 
     def test_import_does_nothing(self):
+        # Nothing but finding and reading modules may be audited, and an
+        # environment that is not there cannot be read.
         before = """
-import argparse, base64, decimal, http.client, json, selectors, urllib.request
-import os
+import argparse, decimal, http.client, json, os, selectors, urllib.request
 os.environ = None
 def hook(event, args):
     if event.split(".")[0] in ("socket", "subprocess", "ssl", "os"):
         if event != "os.listdir":
             raise SystemExit(event)
-if {watch}:
-    sys.addaudithook(hook)
+sys.addaudithook(hook)
 import bpx
-loaded = sys.modules.keys() & {{"nacl", "nacl.bindings", "asyncio"}}
-raise SystemExit("%s" % sorted(loaded))
+raise SystemExit("loaded: %s" % [n for n in sys.modules if "nacl" in n])
 """
-        self.assertEqual(self.probe(before=before.format(watch=True)), "[]")
+        self.assertEqual(self.probe(before=before), "loaded: []")
 
 
 class Documents(ExchangeCase):
