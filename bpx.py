@@ -1,5 +1,6 @@
-# bpx.py 1.0.0 - sign and send requests to the Backpack Exchange REST API
-# SPDX-License-Identifier: 0BSD (copy this file freely); from backpack-bpx
+# bpx.py - sign and send requests to the Backpack Exchange REST API
+# SPDX-License-Identifier: 0BSD
+# The whole of the distribution backpack-bpx: copy this file, or install that.
 """Sign and send requests to the Backpack Exchange REST API.
 
 A request is signed by the Ed25519 signature of its canonical string: the
@@ -471,7 +472,8 @@ def request(
     Raises APIError, NotSentError, UnknownOutcomeError and, before anything is
     sent, what build_request raises.
     """
-    if type(timeout) not in (int, float) or not 0 < timeout <= 86400:
+    is_number = isinstance(timeout, (int, float)) and timeout is not True
+    if not is_number or not 0 < timeout <= 86400:
         raise ValueError("timeout must be a number of seconds, at most a day")
     built = build_request(method, path, params, **options)
     status, headers, body = _opener.open(built, timeout=timeout)
@@ -485,6 +487,7 @@ def request(
     return answer
 
 
+# As request(path, params=None, *, timeout=..., **options), method filled in.
 get = functools.partial(request, "GET")
 post = functools.partial(request, "POST")
 delete = functools.partial(request, "DELETE")

@@ -346,6 +346,10 @@ class Count(int):
     __repr__ = __format__ = __str__
 
 
+class Seconds(float):
+    pass
+
+
 class Market(str, enum.Enum):
     SPOT = "SPOT"
 
@@ -524,7 +528,8 @@ BAD_REQUESTS = [
     ("no str", {"secret_key": ["x"]}),
     ("an unknown option", {"secret": GUIDE}),
 ]
-BAD_TIMEOUTS = [0, -1, True, None, "5", float("nan"), float("inf"), 1e10]
+BAD_TIMEOUTS = [0, -1, True, False, None, "5", float("nan"), float("inf")]
+BAD_TIMEOUTS += [1e10, 86400.1, 86401]
 
 
 class Exchange(http.server.ThreadingHTTPServer):
@@ -1056,6 +1061,9 @@ class OnTheWire(ExchangeCase):
                 }
                 with self.assertRaises((TypeError, ValueError)) as caught:
                     bpx.request(**options)
+                if "timeout" in options:
+                    text = "timeout must be a number of seconds, at most a day"
+                    self.assertEqual(str(caught.exception), text)
                 self.assertEqual(self.exchange.seen, [])
                 secrets = [GUIDE, str(options["secret_key"]), "word@"]
                 for secret in filter(None, secrets):
@@ -1688,9 +1696,11 @@ class Calls(ExchangeCase):
 
     def test_methods(self):
         for call in (bpx.get, bpx.post, bpx.delete, bpx.patch):
-            call("/p", {"a": "b"}, base_url=self.exchange.url, timeout=5)
+            for timeout in (86400, Seconds(5)):
+                call("/p", {}, base_url=self.exchange.url, timeout=timeout)
         methods = [seen.method for seen in self.exchange.seen]
-        self.assertEqual(methods, ["GET", "POST", "DELETE", "PATCH"])
+        expected = ["GET", "POST", "DELETE", "PATCH"]
+        self.assertEqual(methods, [name for name in expected for _ in "12"])
 
     def test_errors_have_a_common_base(self):
         for error in (bpx.APIError, bpx.NotSentError, bpx.UnknownOutcomeError):
