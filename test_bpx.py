@@ -809,7 +809,8 @@ class SignRequest(unittest.TestCase):
     def test_without_pynacl(self):
         key = base64.b64encode(bytes(32)).decode()
         with mock.patch.dict(sys.modules, {"nacl.bindings": None}):
-            with self.assertRaisesRegex(ImportError, "pip install PyNaCl"):
+            text = r"\Ato sign requests, pip install PyNaCl\Z"
+            with self.assertRaisesRegex(ImportError, text):
                 bpx.sign_request("accountQuery", None, key)
         bpx.sign_request("accountQuery", None, key)
 
@@ -837,6 +838,7 @@ MESSAGES = [
     ),
     ({"method": ""}, "method must be a word, such as GET"),
     ({"path": ""}, "path must be a path without a query"),
+    ({"path": None}, "path must be a path without a query"),
     ({"base_url": ""}, "base_url must be https, or http on loopback"),
     ({"headers": {"Host": ""}}, "a header must be ASCII, and not ours"),
     ({"secret_key": None}, "POST /api/v1/order: pass secret_key"),
@@ -1018,6 +1020,15 @@ class OnTheWire(ExchangeCase):
                 )
                 sent = dict(seen.pairs) if method == "GET" else seen.body
                 self.assertEqual(sent, {"a": "b"})
+
+    def test_names_are_characters(self):
+        params = {Text("b/"): "1", Market.SPOT: "2"}
+        _, seen = self.send("GET", "/api/v1/order", params, secret_key=GUIDE)
+        self.assertEqual(seen.query, "SPOT=2&b%2F=1")
+        verify(seen, "orderQuery")
+        _, seen = self.send("POST", "/api/v1/order", params, secret_key=GUIDE)
+        self.assertEqual(seen.body, {"SPOT": "2", "b/": "1"})
+        verify(seen, "orderExecute")
 
     def test_batch(self):
         for kind in (list, tuple):
@@ -1315,6 +1326,23 @@ LATE = [
     ("endless 100 Continue", then(CONTINUE, CONTINUE * 99)),
 ]
 
+# (what the error says, script): MAX_BODY is 4
+SAID = [
+    (r"\A(TimeoutError|timeout)\('timed out'\)\Z", []),
+    (
+        r"\AConnectionError\('closed before the answer was whole'\)\Z",
+        [HEAD, close],
+    ),
+    (
+        r"\AHTTPException\('an answer of unclear length'\)\Z",
+        [(LENGTH % 4)[:-2] + REST],
+    ),
+    (
+        r"\AHTTPException\('an answer over MAX_BODY'\)\Z",
+        [LENGTH % 5 + b"12345"],
+    ),
+]
+
 # (reason, script, answer): MAX_BODY is 4
 LIMITED = [
     ("length 4", [LENGTH % 4 + b"1234"], 1234),
@@ -1564,13 +1592,17 @@ class Transport(unittest.TestCase):
                 with contextlib.redirect_stdout(io.StringIO()):
                     self.assertEqual(self.ask(server.url), 1)
 
-    def test_the_error_of_a_timeout(self):
-        for script in then(HEAD, *DRIP), []:
-            with self.subTest(script), Server(script) as server:
-                with self.assertRaisesRegex(
-                    bpx.UnknownOutcomeError, "(?i)timeout.*timed out"
-                ):
-                    self.order(server.url, 0.2)
+    def test_one_timeout_for_all_of_an_answer(self):
+        with Server([HEAD, 0.4, b"A: b\r\n", 1]) as server:
+            self.fails(bpx.UnknownOutcomeError, server.url, 0.5, 0.8)
+
+    def test_what_the_errors_say(self):
+        for text, script in SAID:
+            with self.subTest(text), Server(script) as server:
+                with mock.patch.object(bpx, "MAX_BODY", 4):
+                    with self.assertRaises(bpx.UnknownOutcomeError) as caught:
+                        self.order(server.url, 0.2)
+                self.assertRegex(str(caught.exception), text)
 
     def test_certificates_are_loaded_once(self):
         make = ssl.create_default_context
@@ -1899,8 +1931,13 @@ class CommandLine(ExchangeCase):
     def test_help(self):
         status, output, errors = self.main("--help")
         self.assertEqual((status, errors), (0, ""))
-        for word in ("METHOD PATH", "name:=json", "--dry-run", "--json"):
-            self.assertIn(word, output)
+        for line in (
+            r"bpx\.py \[options\] METHOD PATH \[name=text \| name:=json\]\.{3}",
+            "  --json JSON  +all parameters; - is standard input",
+            "  --dry-run  +send nothing",
+            "  --instruction INSTRUCTION\n +where the path has none known",
+        ):
+            self.assertRegex(output, "(?m)^%s$" % line)
 
     def test_as_a_script(self):
         url = ("--base-url", self.exchange.url)
