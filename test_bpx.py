@@ -1932,7 +1932,7 @@ class CommandLine(ExchangeCase):
         status, output, errors = self.main("--help")
         self.assertEqual((status, errors), (0, ""))
         for line in (
-            r"bpx\.py \[options\] METHOD PATH \[name=text \| name:=json\]\.{3}",
+            r"bpx\.py \[options\] METHOD PATH \[name=text \| name:=json\][.]+",
             "  --json JSON  +all parameters; - is standard input",
             "  --dry-run  +send nothing",
             "  --instruction INSTRUCTION\n +where the path has none known",
