@@ -153,6 +153,7 @@ class UnknownOutcomeError(BPXError):
 _json = json.JSONEncoder(
     ensure_ascii=False, separators=(",", ":"), sort_keys=True
 ).encode
+_TEXT: Dict[type, Any] = {str: str, int: str, bool: _json, dict: _json}
 
 
 def _plain(name: str, value: Any) -> Any:
@@ -162,12 +163,14 @@ def _plain(name: str, value: Any) -> Any:
     if isinstance(value, (dict, Mapping)):
         plain = {}
         for key, item in value.items():
-            if not isinstance(key, str):
-                raise TypeError(f"{name}: pass names as str, not {key!r}")
+            if type(key) is not str:
+                if not isinstance(key, str):
+                    raise TypeError(f"{name}: pass names as str, not {key!r}")
+                key = str.__str__(key)
             if type(item) is not str:
                 item = _plain(key, item)
             if item is not None:
-                plain[key if type(key) is str else str.__str__(key)] = item
+                plain[key] = item
         return plain
     if isinstance(value, Enum):
         return _plain(name, value.value)
@@ -190,13 +193,14 @@ def _plain(name: str, value: Any) -> Any:
 
 
 def _plain_orders(params: Any) -> List[Dict[str, Any]]:
+    """A batch's orders, or params as the only one, in JSON's own types."""
     params = {} if params is None else params
     orders = params if isinstance(params, (list, tuple)) else [params]
     try:
         plain = [_plain("params", order) for order in orders]
     except RecursionError:
         raise ValueError("params are nested too deeply") from None
-    if set(map(type, plain)) != {dict}:
+    if not plain or [order for order in plain if type(order) is not dict]:
         raise TypeError("params must be a mapping, or a batch: a list of some")
     return plain
 
@@ -208,11 +212,12 @@ def _pairs(order: Dict[str, Any]) -> List[Tuple[str, str]]:
     pairs = []
     for name in sorted(order):
         value = order[name]
-        if type(value) in (str, int):
-            pairs.append((name, str(value)))
+        if type(value) is str:
+            pairs.append((name, value))
+        elif type(value) is list:
+            pairs += [(name, _TEXT[type(item)](item)) for item in value]
         else:
-            items = value if type(value) is list else [value]
-            pairs += [(name, i if type(i) is str else _json(i)) for i in items]
+            pairs.append((name, _TEXT[type(value)](value)))
     return pairs
 
 
