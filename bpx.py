@@ -527,7 +527,8 @@ def _run(method: str, path: str, pairs: Any, **options: Any) -> Any:
     if instruction:
         times = int(built.headers["X-timestamp"]), options["window"]
         lines.append(canonical_string(instruction, params, *times))
-    lines += [f"{name}: {value}" for name, value in built.header_items()]
+    for name, value in built.header_items():  # which urllib has capitalized
+        lines.append(f"{name.title().replace('Api', 'API')}: {value}")
     return "\n".join(lines + ([built.data.decode()] if built.data else []))
 
 

@@ -1879,10 +1879,10 @@ class CommandLine(ExchangeCase):
         self.assertEqual(
             text,
             "instruction=orderExecute&b=true&symbol=é"
-            "&timestamp=%s&window=5000" % headers["X-timestamp"],
+            "&timestamp=%s&window=5000" % headers["X-Timestamp"],
         )
-        self.assertEqual(headers["X-api-key"], API_KEYS[GUIDE])
-        signature = base64.b64decode(headers["X-signature"])
+        self.assertEqual(headers["X-API-Key"], API_KEYS[GUIDE])
+        signature = base64.b64decode(headers["X-Signature"])
         public = base64.b64decode(API_KEYS[GUIDE])
         nacl.signing.VerifyKey(public).verify(text.encode(), signature)
         self.assertEqual(body, '{"b":true,"symbol":"é"}')
@@ -1894,7 +1894,7 @@ class CommandLine(ExchangeCase):
             found[1].splitlines(),
             [
                 "GET %s/p?a=b%%20c" % self.exchange.url,
-                "User-agent: bpx.py/" + bpx.__version__,
+                "User-Agent: bpx.py/" + bpx.__version__,
             ],
         )
 
