@@ -39,7 +39,7 @@ import urllib.parse
 import warnings
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
-from itertools import product
+from itertools import count, product
 from unittest import mock
 
 import nacl.bindings
@@ -1081,7 +1081,7 @@ class OnTheWire(ExchangeCase):
                     self.assertNotIn(secret, shown(caught.exception))
 
 
-NUMBERS = itertools.count(1)  # so that no two requests are alike
+NUMBERS = count(1)  # so that no two requests are alike
 # For localhost only, its own authority, until 2120. The key is for tests.
 PEM = """\
 -----BEGIN PRIVATE KEY-----
@@ -1157,7 +1157,7 @@ class Server:
         thread.start()
 
     def accept(self):
-        for number in itertools.count(1):
+        for number in count(1):
             sock = self.listener.accept()[0]
             if self.stop.is_set():
                 return sock.close()
@@ -1596,6 +1596,14 @@ class Transport(unittest.TestCase):
         with Server([HEAD, 0.4, b"A: b\r\n", 1]) as server:
             self.fails(bpx.UnknownOutcomeError, server.url, 0.5, 0.8)
 
+    def test_a_timeout_between_two_reads(self):
+        for step in 0.5, 100:
+            clock = mock.patch("time.monotonic", side_effect=count(0, step))
+            with self.subTest(step), Server() as server, clock:
+                text = r"\ATimeoutError\('timed out'\)\Z"
+                with self.assertRaisesRegex(bpx.UnknownOutcomeError, text):
+                    self.order(server.url, 0.5)
+
     def test_what_the_errors_say(self):
         for text, script in SAID:
             with self.subTest(text), Server(script) as server:
@@ -1933,6 +1941,7 @@ class CommandLine(ExchangeCase):
         self.assertEqual((status, errors), (0, ""))
         for line in (
             r"bpx\.py \[options\] METHOD PATH \[name=text \| name:=json\][.]+",
+            "  name=text",
             "  --json JSON  +all parameters; - is standard input",
             "  --dry-run  +send nothing",
             "  --instruction INSTRUCTION\n +where the path has none known",
@@ -1953,19 +1962,21 @@ class CommandLine(ExchangeCase):
         self.assertRegex(found[2], r"\Abpx\.py: .*\n\Z")
 
     def test_a_closed_pipe(self):
-        self.exchange.answer = (200, {}, b'["%s"]' % (b"x" * 10**6))
-        reading, writing = os.pipe()
-        os.close(reading)
-        done = subprocess.run(
-            [sys.executable, "bpx.py", "--base-url", self.exchange.url]
-            + ["GET", "/p"],
-            cwd=str(HERE),
-            stdout=writing,
-            stderr=subprocess.PIPE,
-            timeout=20,
-        )
-        os.close(writing)
-        self.assertEqual((done.returncode, done.stderr), (0, b""))
+        for size in (1, 10**6):
+            self.exchange.answer = (200, {}, b'["%s"]' % (b"x" * size))
+            reading, writing = os.pipe()
+            os.close(reading)
+            done = subprocess.run(
+                [sys.executable, "bpx.py", "--base-url", self.exchange.url]
+                + ["GET", "/p"],
+                cwd=str(HERE),
+                env={**os.environ, "PYTHONUNBUFFERED": ""},
+                stdout=writing,
+                stderr=subprocess.PIPE,
+                timeout=20,
+            )
+            os.close(writing)
+            self.assertEqual((done.returncode, done.stderr), (0, b""))
         with mock.patch("builtins.print", side_effect=BrokenPipeError):
             with mock.patch("os.dup2") as dup2:
                 self.assertEqual(self.main("GET", "/p"), (0, "", ""))
