@@ -186,10 +186,8 @@ def _plain(name: str, value: Any) -> Any:
         if not any(isinstance(item, (list, dict)) for item in items):
             return [item for item in items if item is not None]
     kinds = "str, bool, int, finite Decimal (not float: 0.1 + 0.2 is not 0.3)"
-    found = type(value).__name__
-    raise TypeError(
-        f"{name}: pass {kinds}, Enum, None, flat list; not {found}"
-    )
+    kind = type(value).__name__
+    raise TypeError(f"{name}: pass {kinds}, Enum, None, flat list; not {kind}")
 
 
 def _plain_orders(params: Any) -> List[Dict[str, Any]]:
