@@ -47,7 +47,7 @@ __all__ += ["UnknownOutcomeError"]
 BASE_URL = "https://api.backpack.exchange"
 DEFAULT_WINDOW = 5000  # ms for which a signed request is valid
 MAX_WINDOW = 60000  # ms, the exchange's limit
-DEFAULT_TIMEOUT = 10.0  # s to connect, and again for the whole answer
+DEFAULT_TIMEOUT = 10.0  # s to connect, to send, and for the whole answer
 MAX_IDLE = 15.0  # s for which a connection is kept between two requests
 MAX_BODY = 16 * 1024 * 1024  # bytes of an answer
 Params = Union[Mapping[str, Any], Sequence[Mapping[str, Any]], None]
@@ -210,7 +210,7 @@ def _pairs(order: Dict[str, Any]) -> List[Tuple[str, str]]:
     pairs = []
     for name in sorted(order):
         value = order[name]
-        if type(value) is str:
+        if type(value) is str:  # most are: by itself for speed
             pairs.append((name, value))
         elif type(value) is list:
             pairs += [(name, _TEXT[type(item)](item)) for item in value]
@@ -313,8 +313,8 @@ def _check(name: str, value: str, pattern: str, hint: str) -> None:
 def _query(plain: Any) -> str:
     if isinstance(plain, list) or dict in map(type, plain.values()):
         raise TypeError("params: GET takes one mapping, and none within")
-    quoted = [map(urllib.parse.quote, p, ("", "")) for p in _pairs(plain)]
-    return "?" + "&".join(map("=".join, quoted)) if quoted else ""
+    query = urllib.parse.urlencode(_pairs(plain), quote_via=urllib.parse.quote)
+    return "?" + query if query else ""
 
 
 def build_request(
@@ -470,10 +470,10 @@ def request(
 ) -> Any:
     """Send a request once and return the decoded answer.
 
-    That is decoded JSON, other text as it is, None if empty. timeout is in s,
-    to connect and again for the whole answer; options are build_request's.
-    Raises APIError, NotSentError, UnknownOutcomeError and, before anything is
-    sent, what build_request raises.
+    That is decoded JSON, other text as it is, None if empty. timeout is in s
+    for each step: to connect, to send, and to get the whole answer; options
+    are build_request's. Raises APIError, NotSentError, UnknownOutcomeError
+    and, before anything is sent, what build_request raises.
     """
     is_number = isinstance(timeout, (int, float)) and timeout is not True
     if not is_number or not 0 < timeout <= 86400:
