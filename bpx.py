@@ -2,10 +2,11 @@
 # SPDX-License-Identifier: 0BSD
 """Sign and send requests to the Backpack Exchange REST API.
 
-A request is signed with the Ed25519 signature of its canonical string: the
-instruction (the exchange's name for the operation), the parameters sorted by
-name, and the time and window in milliseconds, joined by "&". The exchange
-accepts the request until timestamp + window.
+A request is signed with Ed25519. The text that is signed is its canonical
+string, which consists of name=value pairs joined by "&": first the
+instruction (the exchange's name for the operation), then the parameters
+sorted by name, then the timestamp and the window in milliseconds. The
+exchange accepts the request until timestamp + window.
 
 >>> secret_key = "TDSkv44jf/iD/QCKkyCdixO+p1sfLXxk+PZH7mW/ams="
 >>> params = {"symbol": "BTC_USDT", "orderId": 28}
@@ -43,8 +44,10 @@ Timestamps and windows are in milliseconds, timeouts in seconds. Keys and
 signatures are base64, text is UTF-8, prices and quantities are str or
 Decimal. Signing needs PyNaCl; everything else needs only Python 3.8.
 
-There is no function for each operation: a call names its method and path.
-There are no WebSocket streams, no retries and no rate limits.
+There are no functions for single operations, such as place_order: a call
+takes the method and the path of the operation. There are no WebSocket
+streams, no retries and no rate limits. The https proxy and SSL_CERT_FILE are
+taken from the environment.
 """
 
 import argparse
@@ -71,9 +74,9 @@ from urllib.request import Request
 try:
     import gzip
 except ImportError:  # Some Pythons are built without zlib.
-    _ACCEPT_ENCODING = "identity"  # the compression that send asks for
+    _ACCEPT_ENCODING = "identity"  # send asks for a body as it is
 else:
-    _ACCEPT_ENCODING = "gzip"
+    _ACCEPT_ENCODING = "gzip"  # send asks for a compressed body
 
 __version__ = "1.1.0"
 __all__ = [
@@ -106,10 +109,10 @@ DEFAULT_WINDOW = 5000  # milliseconds for which a signed request is valid
 MAX_WINDOW = 60000  # milliseconds, the exchange's limit
 DEFAULT_TIMEOUT = 10.0  # seconds for each step: to connect, send and receive
 MAX_IDLE = 15.0  # seconds for which a connection is kept between requests
-MAX_BODY = 16 * 1024 * 1024  # bytes of a response's body, also unpacked
+MAX_BODY = 16 * 1024 * 1024  # bytes of a body, compressed and unpacked
 
-# The parameters of a request: a mapping of names to values, None, or for a
-# batch of orders a list or tuple of such mappings.
+# The parameters of a request: None, a mapping of names to values, or (for a
+# batch of orders) a list or tuple of such mappings.
 Params = Union[Mapping[str, Any], Sequence[Mapping[str, Any]], None]
 
 # Every signed operation of the exchange, in the order of its documentation.
@@ -177,10 +180,11 @@ INSTRUCTIONS = {
 
 
 class BPXError(Exception):
-    """The base class of the errors that send and the calls raise.
+    """The base class of the errors that send and request raise.
 
-    Its attribute request is the urllib.request.Request that failed.
-    outcome_unknown is True if the exchange may have executed that request.
+    Its attribute request is the urllib.request.Request that failed. If
+    outcome_unknown is True, the exchange may have executed that request: see
+    UnknownOutcomeError before you repeat an order.
     """
 
     outcome_unknown = False
@@ -200,9 +204,10 @@ class APIError(BPXError):
     """The response has a status other than 2xx.
 
     status is an int, body is the decoded body, and headers are those of the
-    response. code and message are the fields of the body with these names,
-    or None. outcome_unknown is True for 408 and 5xx: a gateway may send such
-    a status although the exchange executes the request.
+    response. code and message are body["code"] and body["message"], or None;
+    if body is not a dict, message is body. outcome_unknown is True for 408
+    and 5xx, which a gateway may send although the exchange executes the
+    request.
     """
 
     def __init__(
@@ -220,7 +225,7 @@ class APIError(BPXError):
             if isinstance(field, (str, int, float)):
                 reason += f" {field}"
         super().__init__(request, reason)
-        # To copy an error, pickle calls its class with these arguments.
+        # pickle makes a copy by calling APIError(*self.args).
         self.args = (request, status, body, headers)
 
 
@@ -233,7 +238,7 @@ class UnknownOutcomeError(BPXError):
 
     The exchange may have executed the request, so do not repeat an order
     before you have looked for it. Wait until timestamp + window has passed,
-    because the exchange may accept it until then. Then search for it by its
+    because the exchange may accept the order until then. Then search for its
     clientId: among the open orders with GET /api/v1/order, among the filled
     and cancelled ones with GET /wapi/v1/history/orders.
     """
@@ -242,7 +247,7 @@ class UnknownOutcomeError(BPXError):
 
 
 def _one_line(text: str) -> str:
-    """Return the start of a text, for logs: no line or control characters."""
+    """Return the first 300 characters as one line without control codes."""
     printable = [c if c.isprintable() else " " for c in text[:300]]
     return " ".join("".join(printable).split())
 
@@ -252,9 +257,10 @@ def _describe(error: BaseException) -> str:
 
 
 def _number_or_type(value: Any) -> str:
-    """Return a value for an error message, without showing a secret.
+    """Return what an error message may show of a value.
 
-    A number is shown as it is, and of any other value only the type.
+    That is a number itself, but only the type of anything else, because it
+    could be a secret.
     """
     if isinstance(value, (int, float)):
         return repr(value)
@@ -262,6 +268,10 @@ def _number_or_type(value: Any) -> str:
 
 
 # --- 1. Canonical string: pure text, no keys, no clock ---
+#
+# First the parameters are normalized: they are converted to dict, list, str,
+# int and bool, and every None is left out. What is signed and what is sent
+# are both made from these normalized values, so that they cannot differ.
 
 # How JSON is written, in a request's body and in the canonical string.
 _JSON_ENCODER = json.JSONEncoder(
@@ -270,7 +280,7 @@ _JSON_ENCODER = json.JSONEncoder(
 
 
 def _normalize_params(params: Any) -> List[Dict[str, Any]]:
-    """Return the batch, or [params], in JSON's types."""
+    """Return a list of normalized mappings: the batch, or params alone."""
     if params is None:
         return [{}]
     try:
@@ -282,7 +292,7 @@ def _normalize_params(params: Any) -> List[Dict[str, Any]]:
         ]
     except RecursionError:
         raise ValueError("params: pass fewer levels of nesting") from None
-    except RuntimeError as error:  # A mapping changed while it was read.
+    except RuntimeError as error:  # "dictionary changed size during iteration"
         raise ValueError(f"params: pass a copy, because {error}") from None
     if not mappings:
         raise ValueError("params: pass at least one order in a batch")
@@ -290,7 +300,7 @@ def _normalize_params(params: Any) -> List[Dict[str, Any]]:
 
 
 def _normalize_mapping(mapping: Any, place: str) -> Dict[str, Any]:
-    """Return a mapping in JSON's types, without the values that are None."""
+    """Return the normalized names and values of a mapping."""
     if not isinstance(mapping, Mapping):
         raise TypeError(
             f"{place}: pass a mapping of names to values, "
@@ -298,8 +308,8 @@ def _normalize_mapping(mapping: Any, place: str) -> Dict[str, Any]:
         )
     normalized = {}
     for name, value in mapping.items():
-        # ASCII text, the usual case, needs no change. These two conditions
-        # only save time: a tenth of what it takes to sign an order.
+        # ASCII text is normalized already. These two conditions are there
+        # only for speed: they save a tenth of the time to sign an order.
         if type(name) is not str or not name.isascii():
             name = _normalize_name(name, place)
         if type(value) is not str or not value.isascii():
@@ -310,7 +320,7 @@ def _normalize_mapping(mapping: Any, place: str) -> Dict[str, Any]:
 
 
 def _normalize_name(name: Any, place: str) -> str:
-    """Return the name of a parameter as a plain str."""
+    """Return the normalized name of a parameter."""
     if not isinstance(name, str):
         raise TypeError(
             f"{place}: pass names as str, not {_number_or_type(name)}"
@@ -319,7 +329,7 @@ def _normalize_name(name: Any, place: str) -> str:
 
 
 def _normalize_value(value: Any, place: str) -> Any:
-    """Return a value in JSON's types, so that it is sent as it is signed."""
+    """Return a normalized value; place is its position, for errors."""
     if isinstance(value, Enum):  # Tested first: it may also be a str or int.
         return _normalize_value(value.value, place)
     if value is None or isinstance(value, bool):
@@ -327,8 +337,7 @@ def _normalize_value(value: Any, place: str) -> Any:
     if isinstance(value, str):
         return _normalize_text(value, place)
     if isinstance(value, int):
-        # A subclass may convert itself to something else than its number.
-        return int.__int__(value)
+        return int.__int__(value)  # because a subclass may override it
     if isinstance(value, Decimal):
         return _normalize_decimal(value, place)
     if isinstance(value, (list, tuple)):
@@ -348,8 +357,7 @@ def _normalize_value(value: Any, place: str) -> Any:
 
 def _normalize_text(text: str, place: str) -> str:
     """Return a plain str of the same characters, which UTF-8 can encode."""
-    # A subclass may convert itself to something else than its characters.
-    text = str.__str__(text)
+    text = str.__str__(text)  # because a subclass may override it
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -361,10 +369,11 @@ def _normalize_text(text: str, place: str) -> str:
 
 def _normalize_decimal(value: Decimal, place: str) -> str:
     """Return a Decimal in plain notation: 0.00000001 and not 1E-8."""
-    number = Decimal(value)  # This makes a plain Decimal of a subclass.
+    number = Decimal(value)  # because a subclass may override its methods
     if not number.is_finite():
         raise ValueError(f"{place}: pass a finite number, not {number}")
-    if abs(number.adjusted()) >= 1000:  # 1E+999999999 would fill the memory.
+    exponent = number.adjusted()  # of the first digit: 3 for 1234
+    if abs(exponent) >= 1000:  # 1E+999999999 would fill the memory.
         raise ValueError(
             f"{place}: pass a number from 1E-999 to 1E+999, not {number}"
         )
@@ -372,7 +381,7 @@ def _normalize_decimal(value: Decimal, place: str) -> str:
 
 
 def _normalize_list(items: Any, place: str) -> List[Any]:
-    """Return a list in JSON's types, without the items that are None."""
+    """Return the normalized items of a list."""
     normalized = []
     for index, item in enumerate(items):
         value = _normalize_value(item, f"{place}[{index}]")
@@ -387,7 +396,7 @@ def _normalize_list(items: Any, place: str) -> List[Any]:
 
 
 def _name_value_pairs(mapping: Dict[str, Any]) -> List[Tuple[str, str]]:
-    """Return (name, value as text) for a normalized mapping, sorted."""
+    """Return the names of a normalized mapping, sorted, with their texts."""
     pairs = []
     for name in sorted(mapping):
         value = mapping[name]
@@ -417,7 +426,7 @@ def _value_text(value: Any) -> str:
     return _JSON_ENCODER.encode(value)
 
 
-def _join_pairs(
+def _make_canonical_string(
     instruction: str,
     mappings: List[Dict[str, Any]],
     timestamp: int,
@@ -461,17 +470,17 @@ def canonical_string(
     batch of orders; a parameter that is None is left out. timestamp (Unix
     time) and window are in milliseconds.
 
-    Nothing in the text is escaped, so that {"a": "1&b=2"} has the same text
-    as {"a": "1", "b": "2"}: never put untrusted text into a value.
+    Nothing in the text is escaped. Therefore {"a": "1&b=2"} gives the same
+    text as {"a": "1", "b": "2"}: never put untrusted text into a value.
 
     Raises TypeError or ValueError for arguments that cannot be signed.
     Source: docs.backpack.exchange, "Signature Generation".
     """
     mappings = _normalize_params(params)
-    return _join_pairs(instruction, mappings, timestamp, window)
+    return _make_canonical_string(instruction, mappings, timestamp, window)
 
 
-# --- 2. Signature: needs the key; reads the clock if given no timestamp ---
+# --- 2. Signature: needs the key, and the clock if no timestamp is passed ---
 
 
 def _to_base64(data: bytes) -> str:
@@ -484,7 +493,7 @@ def _from_base64(text: str) -> Optional[bytes]:
         data = base64.b64decode(text)
     except ValueError:
         return None
-    # b64decode skips characters that do not belong to base64.
+    # b64decode skips characters that are not base64: compare to find them.
     return data if _to_base64(data) == text else None
 
 
@@ -519,7 +528,7 @@ def _sign_mappings(
     """Return the four headers for normalized mappings."""
     if timestamp is None:
         timestamp = time.time_ns() // 1_000_000
-    text = _join_pairs(instruction, mappings, timestamp, window)
+    text = _make_canonical_string(instruction, mappings, timestamp, window)
     if not isinstance(secret_key, str):
         raise TypeError(
             f"secret_key: pass a str, not {type(secret_key).__name__}"
@@ -550,8 +559,8 @@ def sign_request(
     those of canonical_string.
 
     Raises TypeError or ValueError for arguments that cannot be signed and
-    for a bad key, which no message shows. Raises ImportError if PyNaCl is
-    not installed. Source: docs.backpack.exchange, "Signature Generation".
+    for a bad key; no message contains the key. Raises ImportError if PyNaCl
+    is not installed. Source: docs.backpack.exchange, "Signature Generation".
     """
     mappings = _normalize_params(params)
     return _sign_mappings(instruction, mappings, secret_key, timestamp, window)
@@ -643,7 +652,7 @@ def _normalize_headers(headers: Any) -> Dict[str, str]:
             f"headers: pass a mapping, not {type(headers).__name__}"
         )
     normalized = {}
-    for name, value in dict(headers).items():
+    for name, value in dict(headers).items():  # a copy, which stays the same
         # No message shows a value: it could be a secret.
         if not isinstance(name, str) or not _HEADER_NAME_PATTERN.fullmatch(
             name
@@ -659,6 +668,7 @@ def _normalize_headers(headers: Any) -> Dict[str, str]:
             )
         if not _HEADER_VALUE_PATTERN.fullmatch(value):
             raise ValueError(f"header {name}: pass printable ASCII text")
+        # A subclass of str may override its methods, so make plain ones.
         normalized[str.__str__(name)] = str.__str__(value)
     return normalized
 
@@ -733,7 +743,7 @@ def build_request(
         )
     content = mappings if isinstance(params, (list, tuple)) else mappings[0]
     if method == "GET":
-        return Request(url + _query(content), None, all_headers)
+        return Request(url + _query(content), headers=all_headers)
     all_headers["Content-Type"] = "application/json; charset=utf-8"
     body = _JSON_ENCODER.encode(content).encode()
     return Request(url, body, all_headers, method=method)
@@ -764,15 +774,18 @@ class Response(NamedTuple):
 
 
 class _ResponseStream(io.RawIOBase):
-    """The bytes of one response, read from a socket before a deadline.
+    """The bytes of one response, read from a socket.
 
-    If the connection is closed within the headers, http.client would take
-    them for complete. This stream therefore raises an EOFError at its end.
+    It differs from the socket's own stream in two ways:
+    - The timeout of the socket is for the response as a whole. Otherwise it
+      would begin anew with each read, and a slow response could last forever.
+    - A closed connection is an EOFError. Otherwise http.client would take
+      headers that were cut off for complete ones.
     """
 
     def __init__(self, sock: Any, raw: io.RawIOBase) -> None:
         self._sock = sock
-        self._raw = raw  # the unbuffered stream of the socket
+        self._raw = raw  # the socket's own stream
         self._deadline = time.monotonic() + sock.gettimeout()
 
     def readable(self) -> bool:
@@ -794,13 +807,14 @@ class _ResponseStream(io.RawIOBase):
 
 
 class _TimedResponse(http.client.HTTPResponse):
-    """A response of http.client that is read from a _ResponseStream."""
+    """A response that must be received within the timeout of its socket."""
 
     def __init__(self, sock: Any, *args: Any, **options: Any) -> None:
         super().__init__(sock, *args, **options)
-        # self.fp is the buffered stream from which HTTPResponse reads.
-        stream = _ResponseStream(sock, self.fp.detach())
-        self.fp = io.BufferedReader(stream)
+        # HTTPResponse reads from self.fp, a buffer around the socket's own
+        # stream. Put a _ResponseStream between the two.
+        raw = self.fp.detach()
+        self.fp = io.BufferedReader(_ResponseStream(sock, raw))
 
 
 @functools.lru_cache(maxsize=None)  # Loading the certificates takes long.
@@ -820,8 +834,13 @@ _PROXY_PATTERN = re.compile(
 )
 
 
-def _find_proxy(host: str) -> Optional["re.Match[str]"]:
-    """Return the match of the environment's proxy for https, if it has one."""
+class _Proxy(NamedTuple):
+    address: str  # HOST:PORT
+    headers: Dict[str, str]  # for the proxy alone
+
+
+def _find_proxy(host: str) -> Optional[_Proxy]:
+    """Return the environment's https proxy for a host, or None."""
     proxy_url = urllib.request.getproxies().get("https")
     if proxy_url is None or urllib.request.proxy_bypass(host):
         return None
@@ -832,7 +851,12 @@ def _find_proxy(host: str) -> Optional["re.Match[str]"]:
             "https_proxy: set it to http://HOST:PORT or to "
             "http://USER:PASSWORD@HOST:PORT; other proxies are not supported"
         )
-    return match
+    headers = {}
+    if match["credentials"]:
+        credentials = urllib.parse.unquote(match["credentials"])
+        basic = _to_base64(credentials.encode())
+        headers["Proxy-Authorization"] = f"Basic {basic}"
+    return _Proxy(f"{match['host']}:{match['port'] or 80}", headers)
 
 
 def _new_connection(
@@ -847,34 +871,28 @@ def _new_connection(
         return http.client.HTTPSConnection(
             request.host, timeout=timeout, context=context
         )
-    # Connect to the proxy, and have it open a tunnel to the host: TLS is
-    # spoken through the tunnel, so the proxy sees nothing of the request.
     connection = http.client.HTTPSConnection(
-        proxy["host"],
-        int(proxy["port"] or 80),
-        timeout=timeout,
-        context=context,
+        proxy.address, timeout=timeout, context=context
     )
-    headers = {}
-    if proxy["credentials"]:
-        credentials = urllib.parse.unquote(proxy["credentials"]).encode()
-        headers["Proxy-Authorization"] = "Basic " + _to_base64(credentials)
-    connection.set_tunnel(request.host, headers=headers)
+    # The connection will speak plain HTTP to the proxy, ask it for a tunnel
+    # to request.host, and speak TLS with that host within the tunnel.
+    connection.set_tunnel(request.host, headers=proxy.headers)
     return connection
 
 
 def _connect(request: Request, timeout: float) -> http.client.HTTPConnection:
     """Return an open connection to the host of a request."""
     connection = _new_connection(request, timeout)
-    # http.client makes each response, a proxy's too, from this class.
+    # Every response on this connection will be an object of this class.
     connection.response_class = _TimedResponse
     try:
         connection.connect()
     except BaseException:
         connection.close()
         raise
-    # Close the socket together with its thread or process; otherwise Python
-    # gives a ResourceWarning.
+    # Close the socket when the connection is no longer referred to, because
+    # its thread has ended, and when Python ends. Python would close it too,
+    # but with a ResourceWarning.
     weakref.finalize(connection, connection.sock.close)
     return connection
 
@@ -885,9 +903,9 @@ class _Idle(NamedTuple):
 
 
 class _ThreadConnections(threading.local):
-    """The idle connections of each thread; __init__ runs once in each."""
+    """The idle connections of each thread."""
 
-    def __init__(self) -> None:
+    def __init__(self) -> None:  # runs once in each thread
         self.by_origin: Dict[Any, _Idle] = {}
 
 
@@ -902,14 +920,18 @@ def _take_idle_connection(
     if idle is None:
         return None
     age = time.monotonic() - idle.since
-    if age >= MAX_IDLE or _is_readable(idle.connection.sock):
+    if age >= MAX_IDLE or _is_stale(idle.connection.sock):
         idle.connection.close()
         return None
     return idle.connection
 
 
-def _is_readable(sock: Any) -> bool:
-    """Return whether an idle connection was closed or has unasked bytes."""
+def _is_stale(sock: Any) -> bool:
+    """Return whether an idle connection must not be used again.
+
+    The server may have closed it, or sent bytes that belong to no request.
+    In both cases, something can be read from its socket.
+    """
     if hasattr(sock, "pending") and sock.pending():  # bytes kept by TLS
         return True
     with selectors.DefaultSelector() as selector:
@@ -921,7 +943,7 @@ def _unpack(body: bytes, encoding: str) -> bytes:
     """Return a body without its Content-Encoding."""
     if encoding == "identity" or not body:
         return body
-    if encoding != "gzip" or _ACCEPT_ENCODING != "gzip":
+    if encoding != _ACCEPT_ENCODING:
         raise http.client.HTTPException(
             f"Content-Encoding {encoding} is not supported"
         )
@@ -936,20 +958,23 @@ def _read_body(response: http.client.HTTPResponse) -> bytes:
     """Return the unpacked body; raise an error unless it is whole."""
     if response.status < 200:
         raise http.client.HTTPException(f"unexpected status {response.status}")
-    lengths = response.headers.get_all("Content-Length", [])
-    lengths += response.headers.get_all("Transfer-Encoding", [])
-    if len(lengths) > 1:
-        raise http.client.HTTPException("more than one length is declared")
+    declared = response.headers.get_all("Content-Length", [])
+    declared += response.headers.get_all("Transfer-Encoding", [])
+    if len(declared) > 1:
+        raise http.client.HTTPException(
+            "more than one Content-Length or Transfer-Encoding"
+        )
     body = bytearray()
     while True:
         try:
+            # Unlike read, read1 keeps what has come before an EOFError.
             part = response.read1(65536)
-        except EOFError:
-            # Without a declared length, a body ends with the connection. But
-            # a success could be cut off there, and an order be lost.
-            if lengths or response.status < 300:
+        except EOFError:  # The server closed the connection.
+            # Only an error response without a declared length may end so.
+            # Any other body may have been cut off.
+            if declared or response.status < 300:
                 raise
-            part = b""
+            break
         if not part:
             break
         body += part
@@ -959,14 +984,23 @@ def _read_body(response: http.client.HTTPResponse) -> bytes:
     return _unpack(bytes(body), ", ".join(encodings).lower())
 
 
+def _receive(connection: http.client.HTTPConnection) -> Response:
+    """Return the response to a request that was sent."""
+    with connection.getresponse() as response:
+        try:
+            body = _read_body(response)
+        except Exception:
+            if response.status < 300:
+                raise
+            body = b""  # For an error, the status is enough.
+            connection.close()
+    return Response(response.status, response.headers, body)
+
+
 def _send_and_receive(
     connection: http.client.HTTPConnection, request: Request, timeout: float
 ) -> Response:
-    """Send a request once and return its response.
-
-    Close the connection, unless it can be used for another request.
-    """
-    reusable = False
+    """Send a request once and return its response."""
     try:
         connection.sock.settimeout(timeout)
         connection.request(
@@ -975,31 +1009,26 @@ def _send_and_receive(
             request.data,
             {"Accept-Encoding": _ACCEPT_ENCODING, **request.headers},
         )
-        with connection.getresponse() as response:
-            try:
-                body = _read_body(response)
-                # A server may send 408, unasked, on an idle connection.
-                reusable = response.status != 408
-            except Exception:
-                # A status other than 2xx tells the outcome without a body.
-                if response.status < 300:
-                    raise
-                body = b""
-        return Response(response.status, response.headers, body)
-    finally:
-        if not reusable:
-            connection.close()
+        response = _receive(connection)
+    except BaseException:
+        connection.close()  # A late response must not reach the next request.
+        raise
+    if response.status == 408:
+        # A server may send it to an idle connection, before our request, whose
+        # own response could then come later.
+        connection.close()
+    return response
 
 
 def send(request: Request, *, timeout: float = DEFAULT_TIMEOUT) -> Response:
     """Send, once, a request made by build_request; return its response.
 
-    The response may have any status. If its status is not 2xx and its body
+    The response may have any status. If the status is not 2xx and the body
     cannot be read, the body is empty. timeout is in seconds, for each step:
     to connect, to send, and to receive the whole response.
 
-    Raises NotSentError and UnknownOutcomeError; ValueError unless timeout is
-    a number above 0 and at most 86400 (a day).
+    Raises NotSentError or UnknownOutcomeError. Raises ValueError if timeout
+    is not a number above 0 and up to 86400 (a day).
     """
     if (
         isinstance(timeout, bool)
@@ -1023,7 +1052,7 @@ def send(request: Request, *, timeout: float = DEFAULT_TIMEOUT) -> Response:
         response = _send_and_receive(connection, request, timeout)
     except Exception as error:
         raise UnknownOutcomeError(request, _describe(error)) from error
-    if connection.sock is not None:  # still open: keep it
+    if connection.sock is not None:  # Nothing has closed it: keep it.
         _connections.by_origin[origin] = _Idle(connection, time.monotonic())
     return response
 
@@ -1061,8 +1090,9 @@ def request(
     is empty. timeout is that of send; all other arguments are those of
     build_request.
 
-    Raises APIError, NotSentError and UnknownOutcomeError. Raises what
-    build_request raises, before anything is sent.
+    Raises APIError, NotSentError or UnknownOutcomeError: before you repeat an
+    order, look at the attribute outcome_unknown of the error. Raises what
+    build_request raises for bad arguments, before anything is sent.
     """
     built = build_request(
         method,
@@ -1078,7 +1108,7 @@ def request(
     response = send(built, timeout=timeout)
     try:
         body = _decode(response.body)
-    except MemoryError as error:  # The request was sent.
+    except MemoryError as error:  # The request has been sent already.
         raise UnknownOutcomeError(built, _describe(error)) from error
     if not 200 <= response.status < 300:
         raise APIError(built, response.status, body, response.headers)
@@ -1086,22 +1116,22 @@ def request(
 
 
 def get(path: str, params: Params = None, **options: Any) -> Any:
-    """Send a GET request; the options and the result are those of request."""
+    """Call request with the method GET, and return what it returns."""
     return request("GET", path, params, **options)
 
 
 def post(path: str, params: Params = None, **options: Any) -> Any:
-    """Send a POST request; the options and the result are those of request."""
+    """Call request with the method POST, and return what it returns."""
     return request("POST", path, params, **options)
 
 
 def delete(path: str, params: Params = None, **options: Any) -> Any:
-    """Send a DELETE request, with the options and the result of request."""
+    """Call request with the method DELETE, and return what it returns."""
     return request("DELETE", path, params, **options)
 
 
 def patch(path: str, params: Params = None, **options: Any) -> Any:
-    """Send a PATCH request, with the options and the result of request."""
+    """Call request with the method PATCH, and return what it returns."""
     return request("PATCH", path, params, **options)
 
 
@@ -1119,11 +1149,12 @@ example:
 
 exit status:
   0  success
-  1  APIError: the response has a status other than 2xx
-  2  a wrong argument or a missing key or module: nothing was sent
+  1  APIError: the response has a status other than 2xx, 408 and 5xx
+  2  a wrong argument, or a missing key or module: nothing was sent
   3  NotSentError: nothing was sent
-  4  UnknownOutcomeError, an interrupt, or a response that could not be
-     printed: the exchange may have executed the request
+  4  the exchange may have executed the request: UnknownOutcomeError, an
+     APIError of 408 or 5xx, an interrupt, or a response that could not be
+     printed
 """
 _SHOWN_HEADERS = (
     "User-Agent",
@@ -1163,7 +1194,7 @@ def _make_parser() -> argparse.ArgumentParser:
     add(
         "--json",
         help="all parameters as a JSON object, or a batch of orders as a "
-        "list; - reads it from standard input",
+        "JSON list; - reads the JSON from standard input",
     )
     add(
         "--dry-run",
@@ -1207,7 +1238,7 @@ def _add_options(add: Any) -> None:
 
 
 def _unique_names(pairs: List[Tuple[str, Any]]) -> Dict[str, Any]:
-    """Return the JSON object with these names and values."""
+    """Return the dict of a JSON object; raise if a name is repeated."""
     mapping = dict(pairs)
     if len(mapping) < len(pairs):
         raise ValueError("an object has a duplicate name")
@@ -1265,26 +1296,28 @@ def _read_secret_key(args: argparse.Namespace) -> Optional[str]:
 def _dry_run(args: argparse.Namespace) -> str:
     """Return the text of the request that would be sent."""
     params = _read_params(args)
+    timestamp = time.time_ns() // 1_000_000
     built = build_request(
         args.method,
         args.path,
         params,
         secret_key=_read_secret_key(args),
         instruction=args.instruction,
+        timestamp=timestamp,
         window=args.window,
         base_url=args.base_url,
     )
     lines = [f"{args.method} {built.full_url}"]
     instruction = _read_instruction(args)
     if instruction is not None:
-        # urllib.request keeps the name X-Timestamp as "X-timestamp".
-        timestamp = int(built.headers["X-timestamp"])
         lines.append(
             canonical_string(instruction, params, timestamp, args.window)
         )
     for name in _SHOWN_HEADERS:
-        if name.capitalize() in built.headers:
-            lines.append(f"{name}: {built.headers[name.capitalize()]}")
+        # urllib.request stores X-API-Key as "X-api-key".
+        value = built.get_header(name.capitalize())
+        if value is not None:
+            lines.append(f"{name}: {value}")
     if isinstance(built.data, bytes):
         lines.append(built.data.decode())
     return "\n".join(lines)
@@ -1304,36 +1337,43 @@ def _run(args: argparse.Namespace) -> Any:
     )
 
 
+def _discard_output() -> None:
+    """Send what is still to be printed to the null device.
+
+    Python prints it when it ends, and would fail if that is not possible.
+    """
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+
+
 def _print(result: Any, is_dry_run: bool) -> None:
-    """Print a result; exit with a status of --help if that fails."""
+    """Print a result; if that fails, exit with 2 for a dry run, else 4."""
     try:
         text = result if is_dry_run else json.dumps(result, indent=2)
         print(text, flush=True)
+    except BrokenPipeError:  # no failure: "| head" stops reading early
+        _discard_output()
     except (Exception, KeyboardInterrupt) as error:
-        # When Python ends, it flushes standard output again, which would
-        # fail again: let it flush to the null device.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        if not isinstance(error, BrokenPipeError):  # which "| head" causes
-            _exit(2 if is_dry_run else 4, f"cannot print: {_describe(error)}")
+        _discard_output()
+        _exit(2 if is_dry_run else 4, f"cannot print: {_describe(error)}")
 
 
 def main(argv: Optional[Sequence[str]] = None) -> None:
-    """Run the command line; on failure, exit with a status as in --help.
+    """Run the command line; on failure, exit with a status of --help.
 
     argv is a list of str, by default sys.argv[1:].
     """
     args = _make_parser().parse_intermixed_args(argv)
     try:
         result = _dry_run(args) if args.dry_run else _run(args)
-    except APIError as error:
-        _exit(1, _describe(error))
     except NotSentError as error:
         _exit(3, f"{_describe(error)} (nothing was sent)")
-    except UnknownOutcomeError as error:
-        _exit(4, f"{_describe(error)} (it may have been executed)")
+    except BPXError as error:
+        if error.outcome_unknown:
+            _exit(4, f"{_describe(error)} (it may have been executed)")
+        _exit(1, _describe(error))
     except KeyboardInterrupt:
         _exit(4, "interrupted (if it was sent, it may have been executed)")
-    except Exception as error:
+    except Exception as error:  # The errors after sending are all above.
         _exit(2, _describe(error))
     _print(result, args.dry_run)
 

@@ -1393,7 +1393,7 @@ SAID = [
         [HEAD, close],
     ),
     (
-        "HTTPException: more than one length is declared",
+        "HTTPException: more than one Content-Length or Transfer-Encoding",
         [(LENGTH % 4)[:-2] + REST],
     ),
     (
