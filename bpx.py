@@ -1239,9 +1239,11 @@ def _add_options(add: Any) -> None:
 
 def _unique_names(pairs: List[Tuple[str, Any]]) -> Dict[str, Any]:
     """Return the dict of a JSON object; raise if a name is repeated."""
-    mapping = dict(pairs)
-    if len(mapping) < len(pairs):
-        raise ValueError("an object has a duplicate name")
+    mapping = {}
+    for name, value in pairs:
+        if name in mapping:
+            raise ValueError(f"duplicate name {name!r}")
+        mapping[name] = value
     return mapping
 
 

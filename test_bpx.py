@@ -1,6 +1,6 @@
-"""What bpx.py must do: literal tables first, a class per layer of the file.
+"""What bpx.py does: literal tables first, then a class for each of its parts.
 
-python -m unittest, in an environment that has PyNaCl.
+Run it with "python -m unittest", in an environment that has PyNaCl.
 """
 
 import base64
@@ -9,9 +9,10 @@ import decimal
 import doctest
 import enum
 import gc
-import hashlib
+import gzip
 import http.client
 import http.server
+import inspect
 import io
 import itertools
 import json
@@ -38,8 +39,7 @@ import unittest
 import urllib.parse
 import warnings
 import zipfile
-from concurrent.futures import ThreadPoolExecutor
-from itertools import count, product
+from collections.abc import Mapping
 from unittest import mock
 
 import nacl.bindings
@@ -48,306 +48,249 @@ import nacl.signing
 import bpx
 
 HERE = pathlib.Path(__file__).resolve().parent
-GUIDE = "TDSkv44jf/iD/QCKkyCdixO+p1sfLXxk+PZH7mW/ams="
-SECOND = "4odxgSUxFrC/zsKWZF4OQwYAgnNu9hnWH3NxWfLAPz4="
+README = (HERE / "README.md").read_text(encoding="utf-8")
+
+# --- Published keys and signatures ---
+
+GUIDE_KEY = "TDSkv44jf/iD/QCKkyCdixO+p1sfLXxk+PZH7mW/ams="
+SECOND_KEY = "4odxgSUxFrC/zsKWZF4OQwYAgnNu9hnWH3NxWfLAPz4="
 API_KEYS = {
-    GUIDE: "5+yQgwU0ZdJ/9s+GXfuPFfo7yQQpl9CgvQedJXne30o=",
-    SECOND: "zDIJj9qneWIY0IYZ5aXoHcNMCm+XDhVcTssiT0HyY0A=",
+    GUIDE_KEY: "5+yQgwU0ZdJ/9s+GXfuPFfo7yQQpl9CgvQedJXne30o=",
+    SECOND_KEY: "zDIJj9qneWIY0IYZ5aXoHcNMCm+XDhVcTssiT0HyY0A=",
 }
 
-# Made with other implementations: cryptography for all of them, and for those
-# from documents bpx-py 2.0.11, backpack-exchange-sdk 1.1.4 and openssl too.
-# (name, secret key, instruction, params, timestamp, window, canonical string,
-# signature)
+# Name, secret key, instruction, params, timestamp, window, canonical string
+# and signature. The comment above a row is its source. The signatures were
+# made with cryptography, and most of them also with bpx-py 2.0.11,
+# backpack-exchange-sdk 1.1.4 and openssl; never with bpx.py.
+# fmt: off
 VECTORS = [
     # Backpack Exchange Python API guide, Retrieving a Deposit Address
     # (parameters and key; timestamp fixed here)
-    (
-        "deposit address",
-        GUIDE,
-        "depositAddressQuery",
-        {"blockchain": "Solana"},
-        1750793021519,
-        5000,
-        "instruction=depositAddressQuery&blockchain=Solana&timestamp=17"
-        "50793021519&window=5000",
-        "UP5Dl28ZNszPhy8HHPZbmLlh+3R46/6Ssbk8vj987syjWCNUJnhNey4RDkfKD5"
-        "WWzun6iPKUL5++7A0piffrDg==",
-    ),
-    # Backpack Exchange Python API guide, Executing an Order (parameters
-    # and key; timestamp fixed here)
-    (
-        "limit order",
-        GUIDE,
-        "orderExecute",
-        {
-            "symbol": "SOL_USDC",
-            "side": "Bid",
-            "orderType": "Limit",
-            "price": "170.50",
-            "quantity": "1.0",
-            "timeInForce": "GTC",
-            "clientId": 123456,
-            "selfTradePrevention": "RejectTaker",
-        },
-        1750793021519,
-        5000,
-        "instruction=orderExecute&clientId=123456&orderType=Limit&price"
-        "=170.50&quantity=1.0&selfTradePrevention=RejectTaker&side=Bid&"
-        "symbol=SOL_USDC&timeInForce=GTC&timestamp=1750793021519&window"
-        "=5000",
-        "KKMji+Yn8YrlqDUFSQNlVt4Wm/KflOp68yytrV6t48DITYfTqaxij8/UY4b+Tx"
-        "JaH0rrAfvSRehrEWdCTc2wAg==",
-    ),
+    ("deposit address",
+     GUIDE_KEY, "depositAddressQuery",
+     {"blockchain": "Solana"},
+     1750793021519, 5000,
+     "instruction=depositAddressQuery&blockchain=Solana&timestamp=1750793021519&window=5000",
+     "UP5Dl28ZNszPhy8HHPZbmLlh+3R46/6Ssbk8vj987syjWCNUJnhNey4RDkfKD5WWzun6iPKUL5++7A0piffrDg=="),
+    # Backpack Exchange Python API guide, Executing an Order (parameters and
+    # key; timestamp fixed here)
+    ("limit order",
+     GUIDE_KEY, "orderExecute",
+     {"symbol": "SOL_USDC", "side": "Bid", "orderType": "Limit",
+      "price": "170.50", "quantity": "1.0", "timeInForce": "GTC",
+      "clientId": 123456, "selfTradePrevention": "RejectTaker"},
+     1750793021519, 5000,
+     "instruction=orderExecute&clientId=123456&orderType=Limit&price=170.50&quantity=1.0&selfTradePrevention=RejectTaker&side=Bid&symbol=SOL_USDC&timeInForce=GTC&timestamp=1750793021519&window=5000",
+     "KKMji+Yn8YrlqDUFSQNlVt4Wm/KflOp68yytrV6t48DITYfTqaxij8/UY4b+TxJaH0rrAfvSRehrEWdCTc2wAg=="),
     # Backpack Exchange Python API guide, .env example key
-    (
-        "second key of the guide",
-        SECOND,
-        "orderExecute",
-        {
-            "symbol": "SOL_USDC",
-            "side": "Bid",
-            "orderType": "Limit",
-            "price": "170.50",
-            "quantity": "1.0",
-            "timeInForce": "GTC",
-            "clientId": 123456,
-            "selfTradePrevention": "RejectTaker",
-        },
-        1750793021519,
-        5000,
-        "instruction=orderExecute&clientId=123456&orderType=Limit&price"
-        "=170.50&quantity=1.0&selfTradePrevention=RejectTaker&side=Bid&"
-        "symbol=SOL_USDC&timeInForce=GTC&timestamp=1750793021519&window"
-        "=5000",
-        "PDjvYVJO3gquThUnAr01mP2TagNpVK3G1QmuE72WQh7E2mvasfQvRW5lAmXJKE"
-        "OhWdHxz28SRrGSiugVcCo7BQ==",
-    ),
+    ("second key of the guide",
+     SECOND_KEY, "orderExecute",
+     {"symbol": "SOL_USDC", "side": "Bid", "orderType": "Limit",
+      "price": "170.50", "quantity": "1.0", "timeInForce": "GTC",
+      "clientId": 123456, "selfTradePrevention": "RejectTaker"},
+     1750793021519, 5000,
+     "instruction=orderExecute&clientId=123456&orderType=Limit&price=170.50&quantity=1.0&selfTradePrevention=RejectTaker&side=Bid&symbol=SOL_USDC&timeInForce=GTC&timestamp=1750793021519&window=5000",
+     "PDjvYVJO3gquThUnAr01mP2TagNpVK3G1QmuE72WQh7E2mvasfQvRW5lAmXJKEOhWdHxz28SRrGSiugVcCo7BQ=="),
     # docs.backpack.exchange, Signature Generation (string as printed there)
-    (
-        "cancel order",
-        GUIDE,
-        "orderCancel",
-        {"orderId": 28, "symbol": "BTC_USDT"},
-        1614550000000,
-        5000,
-        "instruction=orderCancel&orderId=28&symbol=BTC_USDT&timestamp=1"
-        "614550000000&window=5000",
-        "aKisDELOQeekrU+Up7rS/6gZBp0qunOsPwThvby1n5TaohLLP7NghvHoc4peKN"
-        "GCg/rWC1gtiOKKSW2xNxCGAQ==",
-    ),
+    ("cancel order",
+     GUIDE_KEY, "orderCancel",
+     {"orderId": 28, "symbol": "BTC_USDT"},
+     1614550000000, 5000,
+     "instruction=orderCancel&orderId=28&symbol=BTC_USDT&timestamp=1614550000000&window=5000",
+     "aKisDELOQeekrU+Up7rS/6gZBp0qunOsPwThvby1n5TaohLLP7NghvHoc4peKNGCg/rWC1gtiOKKSW2xNxCGAQ=="),
     # docs.backpack.exchange, Signature Generation (string as printed there)
-    (
-        "batch of orders",
-        GUIDE,
-        "orderExecute",
-        [
-            {
-                "symbol": "SOL_USDC_PERP",
-                "side": "Bid",
-                "orderType": "Limit",
-                "price": "141",
-                "quantity": "12",
-            },
-            {
-                "symbol": "SOL_USDC_PERP",
-                "side": "Bid",
-                "orderType": "Limit",
-                "price": "140",
-                "quantity": "11",
-            },
-        ],
-        1750793021519,
-        5000,
-        "instruction=orderExecute&orderType=Limit&price=141&quantity=12"
-        "&side=Bid&symbol=SOL_USDC_PERP&instruction=orderExecute&orderT"
-        "ype=Limit&price=140&quantity=11&side=Bid&symbol=SOL_USDC_PERP&"
-        "timestamp=1750793021519&window=5000",
-        "l1Ktkoi3af0KVm9hiIf8lDont1IjLRb67Qm58QpXwVVYrJrII979yz/Jg3DyC3"
-        "4+r5vyQuS00xAp0QlbA6cpDg==",
-    ),
+    ("batch of orders",
+     GUIDE_KEY, "orderExecute",
+     [{"symbol": "SOL_USDC_PERP", "side": "Bid", "orderType": "Limit",
+      "price": "141", "quantity": "12"}, {"symbol": "SOL_USDC_PERP",
+      "side": "Bid", "orderType": "Limit", "price": "140", "quantity": "11"}],
+     1750793021519, 5000,
+     "instruction=orderExecute&orderType=Limit&price=141&quantity=12&side=Bid&symbol=SOL_USDC_PERP&instruction=orderExecute&orderType=Limit&price=140&quantity=11&side=Bid&symbol=SOL_USDC_PERP&timestamp=1750793021519&window=5000",
+     "l1Ktkoi3af0KVm9hiIf8lDont1IjLRb67Qm58QpXwVVYrJrII979yz/Jg3DyC34+r5vyQuS00xAp0QlbA6cpDg=="),
     # docs.backpack.exchange, Signature Generation, last paragraph
-    (
-        "no parameters",
-        GUIDE,
-        "balanceQuery",
-        None,
-        1614550000000,
-        5000,
-        "instruction=balanceQuery&timestamp=1614550000000&window=5000",
-        "4KIbQtbDnOO3IXvJDWPg631l9urKfjqgMt/XxsrcMsQufhyIBIgSVgWM6G50rN"
-        "dPz0nACkGj2rk/Inh2rfidAA==",
-    ),
+    ("no parameters",
+     GUIDE_KEY, "balanceQuery",
+     None,
+     1614550000000, 5000,
+     "instruction=balanceQuery&timestamp=1614550000000&window=5000",
+     "4KIbQtbDnOO3IXvJDWPg631l9urKfjqgMt/XxsrcMsQufhyIBIgSVgWM6G50rNdPz0nACkGj2rk/Inh2rfidAA=="),
     # docs.backpack.exchange, Streams, Private (string as printed there)
-    (
-        "private stream subscription",
-        GUIDE,
-        "subscribe",
-        None,
-        1614550000000,
-        5000,
-        "instruction=subscribe&timestamp=1614550000000&window=5000",
-        "/ZisNiUfIIbBKRrLsdRTnZUuMA870U2RQJ+AyGLn0PC6Qb00ZYRSNZMwEItKkC"
-        "dln555j4MMx1lA2iFuOKImBw==",
-    ),
+    ("private stream subscription",
+     GUIDE_KEY, "subscribe",
+     None,
+     1614550000000, 5000,
+     "instruction=subscribe&timestamp=1614550000000&window=5000",
+     "/ZisNiUfIIbBKRrLsdRTnZUuMA870U2RQJ+AyGLn0PC6Qb00ZYRSNZMwEItKkCdln555j4MMx1lA2iFuOKImBw=="),
     # Backpack Exchange Python API guide (rule); parameters chosen here
-    (
-        "booleans in lower case",
-        GUIDE,
-        "orderExecute",
-        {
-            "symbol": "SOL_USDC_PERP",
-            "side": "Ask",
-            "orderType": "Market",
-            "quantity": "2",
-            "reduceOnly": True,
-            "postOnly": False,
-        },
-        1750793021519,
-        5000,
-        "instruction=orderExecute&orderType=Market&postOnly=false&quant"
-        "ity=2&reduceOnly=true&side=Ask&symbol=SOL_USDC_PERP&timestamp="
-        "1750793021519&window=5000",
-        "RW5qEec5zjAmsAcv0dDMAKVOIrkVFOPmfckCLYL2JvBwS2DfkhgvqLCxTbaFmK"
-        "1zVALXLw4zTDdAic3EogTiDA==",
-    ),
+    ("booleans in lower case",
+     GUIDE_KEY, "orderExecute",
+     {"symbol": "SOL_USDC_PERP", "side": "Ask", "orderType": "Market",
+      "quantity": "2", "reduceOnly": True, "postOnly": False},
+     1750793021519, 5000,
+     "instruction=orderExecute&orderType=Market&postOnly=false&quantity=2&reduceOnly=true&side=Ask&symbol=SOL_USDC_PERP&timestamp=1750793021519&window=5000",
+     "RW5qEec5zjAmsAcv0dDMAKVOIrkVFOPmfckCLYL2JvBwS2DfkhgvqLCxTbaFmK1zVALXLw4zTDdAic3EogTiDA=="),
     # parameters of GET /wapi/v1/history/fills; chosen here
-    (
-        "integers and reserved words as names",
-        GUIDE,
-        "fillHistoryQueryAll",
-        {
-            "to": 1750793021519,
-            "from": 1750700000000,
-            "limit": 100,
-            "offset": 0,
-            "symbol": "SOL_USDC",
-        },
-        1750793021519,
-        5000,
-        "instruction=fillHistoryQueryAll&from=1750700000000&limit=100&o"
-        "ffset=0&symbol=SOL_USDC&to=1750793021519&timestamp=17507930215"
-        "19&window=5000",
-        "PKK00uHs1iREIQGqRv5TgKb/N5at7JeE4GSJnGrnd39/VupE89FjN4y1Ii7Di7"
-        "JxgHgDVgknw2vArizjW9HsAQ==",
-    ),
+    ("integers and reserved words as names",
+     GUIDE_KEY, "fillHistoryQueryAll",
+     {"to": 1750793021519, "from": 1750700000000, "limit": 100, "offset": 0,
+      "symbol": "SOL_USDC"},
+     1750793021519, 5000,
+     "instruction=fillHistoryQueryAll&from=1750700000000&limit=100&offset=0&symbol=SOL_USDC&to=1750793021519&timestamp=1750793021519&window=5000",
+     "PKK00uHs1iREIQGqRv5TgKb/N5at7JeE4GSJnGrnd39/VupE89FjN4y1Ii7Di7JxgHgDVgknw2vArizjW9HsAQ=="),
     # chosen here
-    (
-        "longest window",
-        GUIDE,
-        "accountQuery",
-        {},
-        1750793021519,
-        60000,
-        "instruction=accountQuery&timestamp=1750793021519&window=60000",
-        "g7E4vz90JXPe6V/SIQs3+wTl0hawzDWFcYkNE+TzIjHF31xuyme7Pd25Md+SP0"
-        "mDR1sERzkPKpp63DKrBmZ8CA==",
-    ),
+    ("longest window",
+     GUIDE_KEY, "accountQuery",
+     {},
+     1750793021519, 60000,
+     "instruction=accountQuery&timestamp=1750793021519&window=60000",
+     "g7E4vz90JXPe6V/SIQs3+wTl0hawzDWFcYkNE+TzIjHF31xuyme7Pd25Md+SP0mDR1sERzkPKpp63DKrBmZ8CA=="),
     # chosen here
-    (
-        "names sort by code point",
-        GUIDE,
-        "orderExecute",
-        {"b": "1", "a": "2", "B": "3", "aa": "4", "A": "5"},
-        1750793021519,
-        5000,
-        "instruction=orderExecute&A=5&B=3&a=2&aa=4&b=1&timestamp=175079"
-        "3021519&window=5000",
-        "c8XMAbL3247X4bRLhgwa/1I/hp3sUMXBcK8j+l5AbamayPMZNxpskn2t78/s7Q"
-        "GWX+1fj5lsmwVfNryyFBLZDA==",
-    ),
+    ("names sort by code point",
+     GUIDE_KEY, "orderExecute",
+     {"b": "1", "a": "2", "B": "3", "aa": "4", "A": "5"},
+     1750793021519, 5000,
+     "instruction=orderExecute&A=5&B=3&a=2&aa=4&b=1&timestamp=1750793021519&window=5000",
+     "c8XMAbL3247X4bRLhgwa/1I/hp3sUMXBcK8j+l5AbamayPMZNxpskn2t78/s7QGWX+1fj5lsmwVfNryyFBLZDA=="),
     # chosen here
-    (
-        "values are signed as they are, not percent-encoded",
-        GUIDE,
-        "withdraw",
-        {
-            "address": "rAddr?dt=1 x/+&%é",
-            "blockchain": "XRP",
-            "quantity": "10.00",
-            "symbol": "XRP",
-        },
-        1750793021519,
-        5000,
-        "instruction=withdraw&address=rAddr?dt=1 x/+&%é&blockchain=XRP&"
-        "quantity=10.00&symbol=XRP&timestamp=1750793021519&window=5000",
-        "Zv/poQOowbPYcDlpMG8QmseVCLHKBpvRk/jkT/B+i8+d/4G++akjRm3aUH4b1J"
-        "/Bk2Jijwbifx2Vynqhu7c+DQ==",
-    ),
+    ("values are signed as they are, not percent-encoded",
+     GUIDE_KEY, "withdraw",
+     {"address": "rAddr?dt=1 x/+&%é", "blockchain": "XRP", "quantity": "10.00",
+      "symbol": "XRP"},
+     1750793021519, 5000,
+     "instruction=withdraw&address=rAddr?dt=1 x/+&%é&blockchain=XRP&quantity=10.00&symbol=XRP&timestamp=1750793021519&window=5000",
+     "Zv/poQOowbPYcDlpMG8QmseVCLHKBpvRk/jkT/B+i8+d/4G++akjRm3aUH4b1J/Bk2Jijwbifx2Vynqhu7c+DQ=="),
     # chosen here
-    (
-        "unset values are left out",
-        GUIDE,
-        "orderQueryAll",
-        {"symbol": "SOL_USDC", "marketType": None},
-        1750793021519,
-        5000,
-        "instruction=orderQueryAll&symbol=SOL_USDC&timestamp=1750793021"
-        "519&window=5000",
-        "EAoIule9TjrOHJqi/H8/82/Gy2p9LtR9grhWiOOQcHE1ZLOolmoLgcOCihbHeY"
-        "ckna1QTz5IMwi6Uqewk3/pCg==",
-    ),
+    ("unset values are left out",
+     GUIDE_KEY, "orderQueryAll",
+     {"symbol": "SOL_USDC", "marketType": None},
+     1750793021519, 5000,
+     "instruction=orderQueryAll&symbol=SOL_USDC&timestamp=1750793021519&window=5000",
+     "EAoIule9TjrOHJqi/H8/82/Gy2p9LtR9grhWiOOQcHE1ZLOolmoLgcOCihbHeYckna1QTz5IMwi6Uqewk3/pCg=="),
     # as other public clients do; not defined by the documentation
-    (
-        "a list repeats its name in order",
-        GUIDE,
-        "fillHistoryQueryAll",
-        {"symbol": "SOL_USDC", "marketType": ["SPOT", "PERP"]},
-        1750793021519,
-        5000,
-        "instruction=fillHistoryQueryAll&marketType=SPOT&marketType=PER"
-        "P&symbol=SOL_USDC&timestamp=1750793021519&window=5000",
-        "ZbnLlzrLjXqCmozNdK2aljgcjWjrFycysjJ/cgrrME9yuSWHL+MHZhaM62C7W2"
-        "XzI9AxRraowBceKwvnR8K0CQ==",
-    ),
+    ("a list repeats its name in order",
+     GUIDE_KEY, "fillHistoryQueryAll",
+     {"symbol": "SOL_USDC", "marketType": ["SPOT", "PERP"]},
+     1750793021519, 5000,
+     "instruction=fillHistoryQueryAll&marketType=SPOT&marketType=PERP&symbol=SOL_USDC&timestamp=1750793021519&window=5000",
+     "ZbnLlzrLjXqCmozNdK2aljgcjWjrFycysjJ/cgrrME9yuSWHL+MHZhaM62C7W2XzI9AxRraowBceKwvnR8K0CQ=="),
     # as the official Rust client does; not defined by the documentation
-    (
-        "a nested object is compact JSON with sorted names",
-        GUIDE,
-        "withdraw",
-        {
-            "address": "A",
-            "blockchain": "Solana",
-            "quantity": "1",
-            "symbol": "SOL",
-            "recipientInformation": {"lastName": "Doe", "firstName": "Ann"},
-        },
-        1750793021519,
-        5000,
-        "instruction=withdraw&address=A&blockchain=Solana&quantity=1&re"
-        'cipientInformation={"firstName":"Ann","lastName":"Doe"}&symbol'
-        "=SOL&timestamp=1750793021519&window=5000",
-        "FIv3Am+UlyZjyvoBHjZOWrYV7bp6kb+UocSA1RfwEE3vfFd9JFWCWZyRTe9gQM"
-        "ZLxcGs2U/XCsi7yVtv7bmiBw==",
-    ),
+    ("a nested object is compact JSON with sorted names",
+     GUIDE_KEY, "withdraw",
+     {"address": "A", "blockchain": "Solana", "quantity": "1", "symbol": "SOL",
+      "recipientInformation": {"lastName": "Doe", "firstName": "Ann"}},
+     1750793021519, 5000,
+     'instruction=withdraw&address=A&blockchain=Solana&quantity=1&recipientInformation={"firstName":"Ann","lastName":"Doe"}&symbol=SOL&timestamp=1750793021519&window=5000',
+     "FIv3Am+UlyZjyvoBHjZOWrYV7bp6kb+UocSA1RfwEE3vfFd9JFWCWZyRTe9gQMZLxcGs2U/XCsi7yVtv7bmiBw=="),
 ]
+# fmt: on
+
+# Method, path and instruction of every signed operation in the exchange's
+# API documentation, in its order.
+OPERATIONS = """\
+GET /api/v1/account accountQuery
+PATCH /api/v1/account accountUpdate
+GET /api/v1/account/limits/borrow maxBorrowQuantity
+GET /api/v1/account/limits/order maxOrderQuantity
+GET /api/v1/account/limits/withdrawal maxWithdrawalQuantity
+POST /api/v1/borrowLend borrowLendExecute
+GET /api/v1/borrowLend/positions borrowLendPositionQuery
+GET /wapi/v1/history/borrowLend borrowHistoryQueryAll
+GET /wapi/v1/history/borrowLend/positions borrowPositionHistoryQueryAll
+GET /wapi/v1/history/interest interestHistoryQueryAll
+POST /api/v1/account/convertDust convertDust
+GET /api/v1/capital balanceQuery
+GET /api/v1/capital/collateral collateralQuery
+GET /wapi/v1/capital/deposit/address depositAddressQuery
+GET /wapi/v1/capital/deposits depositQueryAll
+GET /wapi/v1/capital/withdrawals withdrawalQueryAll
+POST /wapi/v1/capital/withdrawals withdraw
+GET /wapi/v1/history/dust dustHistoryQueryAll
+GET /wapi/v1/history/settlement settlementHistoryQueryAll
+DELETE /api/v1/order orderCancel
+GET /api/v1/order orderQuery
+POST /api/v1/order orderExecute
+DELETE /api/v1/orders orderCancelAll
+GET /api/v1/orders orderQueryAll
+POST /api/v1/orders orderExecute
+GET /wapi/v1/history/fills fillHistoryQueryAll
+GET /wapi/v1/history/orders orderHistoryQueryAll
+GET /api/v1/position positionQuery
+GET /wapi/v1/history/funding fundingHistoryQueryAll
+GET /wapi/v1/history/position positionHistoryQueryAll
+POST /api/v1/rfq rfqSubmit
+POST /api/v1/rfq/accept quoteAccept
+POST /api/v1/rfq/cancel rfqCancel
+POST /api/v1/rfq/quote quoteSubmit
+POST /api/v1/rfq/refresh rfqRefresh
+GET /api/v1/rfqs rfqQuery
+GET /wapi/v1/history/quote quoteHistoryQueryAll
+GET /wapi/v1/history/quote/fill quoteFillHistoryQueryAll
+GET /wapi/v1/history/rfq rfqHistoryQueryAll
+GET /wapi/v1/history/rfq/fill rfqFillHistoryQueryAll
+DELETE /api/v1/strategies strategyCancelAll
+GET /api/v1/strategies strategyQueryAll
+DELETE /api/v1/strategy strategyCancel
+GET /api/v1/strategy strategyQuery
+POST /api/v1/strategy strategyCreate
+GET /wapi/v1/history/strategies strategyHistoryQueryAll
+POST /wapi/v1/user/2fa issueTwoFactorToken
+POST /api/v1/vault/mint vaultMint
+GET /api/v1/vault/nav vaultNavQuery
+DELETE /api/v1/vault/redeem vaultRedeemCancel
+POST /api/v1/vault/redeem vaultRedeemRequest
+GET /api/v1/vault/redeems/pending vaultPendingRedeemsQuery
+GET /wapi/v1/history/vault/mint vaultMintHistoryQueryAll
+GET /wapi/v1/history/vault/redeem vaultRedeemHistoryQueryAll
+"""
+
+# --- Values of parameters ---
+
+
+class LyingStr(str):
+    """Converts itself to something else than its characters."""
+
+    def __str__(self):
+        return "lie"
+
+    def encode(self, *args):
+        return b"lie"
+
+    def isascii(self):
+        return True
+
+    __repr__ = __format__ = __str__
+
+
+class LyingInt(int):
+    def __str__(self):
+        return "9"
+
+    def __int__(self):
+        return 9
+
+    __repr__ = __format__ = __str__
+    __index__ = __int__
+
+
+class LyingDecimal(decimal.Decimal):
+    def __str__(self):
+        return "9"
+
+    def __format__(self, spec):
+        return "9"
+
+    def is_finite(self):
+        return True
+
+    def adjusted(self):
+        return 0
+
+    __repr__ = __str__
 
 
 class Side(enum.Enum):
     BID = "Bid"
-
-
-class Text(str):
-    """Shows something else than its characters, as a str of Enum does."""
-
-    def encode(self, *args):
-        return b"encoded"
-
-    def __str__(self):
-        return "shown"
-
-    __repr__ = __format__ = __str__
-
-
-class Count(int):
-    def __str__(self):
-        return "shown"
-
-    __repr__ = __format__ = __str__
-
-
-class Seconds(float):
-    pass
 
 
 class Market(str, enum.Enum):
@@ -358,8 +301,30 @@ class Limit(enum.IntEnum):
     TEN = 10
 
 
-# The design's table of values:
-# (value, as signed and in a query, as in a JSON body)
+class LyingEnum(str, enum.Enum):
+    """A str whose characters are not its value."""
+
+    BID = "Bid"
+
+    def __new__(cls, value):
+        member = str.__new__(cls, "lie")
+        member._value_ = value
+        return member
+
+
+class Switch(enum.Enum):
+    ON = True
+    OFF = None
+
+
+class Nested(enum.Enum):
+    BID = Side.BID
+    PRICE = decimal.Decimal("1E1")
+    FLOAT = 0.5
+
+
+D = decimal.Decimal
+# Value, its texts as signed and in a query, the value in a JSON body.
 VALUES = [
     ("", [""], ""),
     ("170.50", ["170.50"], "170.50"),
@@ -369,187 +334,315 @@ VALUES = [
         "a b/c?d=e&f+g%20~é€😀",
     ),
     ('"\\\n\x00', ['"\\\n\x00'], '"\\\n\x00'),
-    (Text("Bid"), ["Bid"], "Bid"),
+    (LyingStr("Bid"), ["Bid"], "Bid"),
+    (LyingStr("é"), ["é"], "é"),
     (True, ["true"], True),
     (False, ["false"], False),
     (0, ["0"], 0),
     (-(10**30), ["-1" + "0" * 30], -(10**30)),
-    (Count(7), ["7"], 7),
-    (decimal.Decimal("170.50"), ["170.50"], "170.50"),
-    (decimal.Decimal("1E-8"), ["0.00000001"], "0.00000001"),
-    (decimal.Decimal("1E+3"), ["1000"], "1000"),
-    (decimal.Decimal("-0.0"), ["-0.0"], "-0.0"),
-    (decimal.Decimal("1E+999"), ["1" + "0" * 999], "1" + "0" * 999),
-    (decimal.Decimal("1E-999"), ["0." + "0" * 998 + "1"], None),
+    (LyingInt(7), ["7"], 7),
+    (D("170.50"), ["170.50"], "170.50"),
+    (D("1E-8"), ["0.00000001"], "0.00000001"),
+    (D("1E+3"), ["1000"], "1000"),
+    (D("-0.0"), ["-0.0"], "-0.0"),
+    (D("1E+999"), ["1" + "0" * 999], "1" + "0" * 999),
+    (D("1E-999"), ["0." + "0" * 998 + "1"], "0." + "0" * 998 + "1"),
+    (LyingDecimal("7.0"), ["7.0"], "7.0"),
     (Side.BID, ["Bid"], "Bid"),
     (Market.SPOT, ["SPOT"], "SPOT"),
     (Limit.TEN, ["10"], 10),
-    (enum.Enum("Flag", {"ON": True}).ON, ["true"], True),
-    (enum.Enum("Price", {"P": decimal.Decimal("1E1")}).P, ["10"], "10"),
-    (enum.Enum("Inner", {"I": Side.BID}).I, ["Bid"], "Bid"),
+    (LyingEnum.BID, ["Bid"], "Bid"),
+    (Switch.ON, ["true"], True),
+    (Nested.PRICE, ["10"], "10"),
+    (Nested.BID, ["Bid"], "Bid"),
     (["SPOT", "PERP"], ["SPOT", "PERP"], ["SPOT", "PERP"]),
     (("b", "a"), ["b", "a"], ["b", "a"]),
     (
-        [Market.SPOT, None, True, 1, decimal.Decimal("1E1")],
+        [Market.SPOT, None, True, 1, D("1E1"), Switch.OFF],
         ["SPOT", "true", "1", "10"],
         ["SPOT", True, 1, "10"],
     ),
+    ([], [], []),
+    ([None], [], []),
 ]
-UNSET = [None, enum.Enum("Unset", {"U": None}).U]
-MAPPINGS = [
-    # (value, as signed, as in a body)
+# Values that are left out.
+UNSET = [None, Switch.OFF]
+# Object, its text as signed, the object in a JSON body.
+OBJECTS = [
     ({}, "{}", {}),
     (
-        types.MappingProxyType({"b": "é", "B": None, "a": [1, True]}),
+        types.MappingProxyType({"b": "é", "B": None, "a": [1, True, None]}),
         '{"a":[1,true],"b":"é"}',
         {"a": [1, True], "b": "é"},
     ),
     (
-        {"z": {Text("y"): Limit.TEN}, "d": decimal.Decimal("1E1")},
-        '{"d":"10","z":{"y":10}}',
-        {"d": "10", "z": {"y": 10}},
+        {"z": {LyingStr("y"): Limit.TEN}, "d": D("1E1"), "é": [], "Z": '"'},
+        '{"Z":"\\"","d":"10","z":{"y":10},"é":[]}',
+        {"Z": '"', "d": "10", "z": {"y": 10}, "é": []},
     ),
 ]
+
+# --- Bad arguments: what is passed, and the whole message ---
+
 LOOP = {}
 LOOP["again"] = LOOP
-# (reason, params, what the error must name)
+ANY = ": pass a str, bool, int, Decimal, Enum member, list or mapping, not "
+FLOAT = (
+    ": pass a str or Decimal, not the float {}, because floats are not exact "
+    "(0.1 + 0.2 is not 0.3)"
+)
+RANGE = ": pass a number from 1E-999 to 1E+999, not "
+UTF_8 = ": pass text that UTF-8 can encode, without surrogates"
+IN_LIST = ": pass a single value, not {}, because it is within a list"
+MAPPING = ": pass a mapping of names to values, not "
+NAMES = ": pass names as str, not "
 BAD_PARAMS = [
-    ("inexact", {"price": 0.1}, "price.*Decimal.*floats are not exact"),
-    ("inexact, in a list", {"price": ["1", 0.5]}, "price"),
-    ("inexact, in an object", {"info": {"price": 0.5}}, "price"),
-    ("inexact, as an Enum", {"p": enum.Enum("F", {"F": 0.5}).F}, "p:"),
-    ("not text", {"symbol": b"SOL"}, "symbol.*bytes"),
-    ("no order", {"marketType": {"SPOT"}}, "marketType.*set"),
-    ("no JSON", {"from": object()}, "from.*object"),
-    ("no number", {"price": decimal.Decimal("NaN")}, "price.*finite"),
-    ("no number", {"price": decimal.Decimal("-Infinity")}, "price"),
-    ("would fill the memory", {"p": decimal.Decimal("1E+999999999")}, "p:"),
-    ("would fill the memory", {"p": decimal.Decimal("0E-999999999")}, "p:"),
-    ("too large", {"p": decimal.Decimal("1E+1000")}, "p:"),
-    ("too small", {"p": decimal.Decimal("1E-1000")}, "p:"),
-    ("not UTF-8", {"symbol": "\ud800"}, "surrogates"),
-    ("not UTF-8", {"\udfff": "x"}, "surrogates"),
-    ("a list in a list", {"marketType": [["SPOT"]]}, "marketType"),
-    ("an object in a list", {"marketType": [{}]}, "marketType"),
-    ("a name that is no str", {1: "x"}, "names as str.*1"),
-    ("a name that is no str", {None: "x"}, "names as str.*NoneType"),
-    ("such a name within", {"info": {b"x": 1}}, "info.*names as str.*bytes"),
-    ("not a mapping", "symbol=SOL", "mapping"),
-    ("not a mapping", 0, "mapping"),
-    ("not a mapping", False, "mapping"),
-    ("pairs", [("symbol", "SOL")], "mapping"),
-    ("an empty batch", [], "batch"),
-    ("an order that is none", [{"symbol": "SOL"}, None], "mapping"),
-    ("endless", LOOP, "levels of nesting"),
+    ({"price": 0.1}, "params.price" + FLOAT.format("0.1")),
+    ({"price": ["1", 0.5]}, "params.price[1]" + FLOAT.format("0.5")),
+    ([{}, {"a": {"b": 0.5}}], "params[1].a.b" + FLOAT.format("0.5")),
+    ({"p": Nested.FLOAT}, "params.p" + FLOAT.format("0.5")),
+    ({"symbol": b"SOL"}, "params.symbol" + ANY + "bytes"),
+    ({"marketType": {"SPOT"}}, "params.marketType" + ANY + "set"),
+    ({"from": object()}, "params.from" + ANY + "object"),
+    ({"p": D("NaN")}, "params.p: pass a finite number, not NaN"),
+    ({"p": D("-Infinity")}, "params.p: pass a finite number, not -Infinity"),
+    ({"p": LyingDecimal("NaN")}, "params.p: pass a finite number, not NaN"),
+    ({"p": D("1E+999999999")}, "params.p" + RANGE + "1E+999999999"),
+    ({"p": LyingDecimal("1E+1000")}, "params.p" + RANGE + "1E+1000"),
+    ({"p": D("0E-999999999")}, "params.p" + RANGE + "0E-999999999"),
+    ({"p": D("1E+1000")}, "params.p" + RANGE + "1E+1000"),
+    ({"p": D("1E-1000")}, "params.p" + RANGE + "1E-1000"),
+    ({"symbol": "\ud800"}, "params.symbol" + UTF_8),
+    ({"l": ["a", LyingStr("\ud800")]}, "params.l[1]" + UTF_8),
+    ({"\udfff": "x"}, "params, name '\\udfff'" + UTF_8),
+    ({"l": ["a", ["SPOT"]]}, "params.l[1]" + IN_LIST.format("list")),
+    ({"l": [("SPOT",)]}, "params.l[0]" + IN_LIST.format("tuple")),
+    ({"l": [{}]}, "params.l[0]" + IN_LIST.format("dict")),
+    ({1: "x"}, "params" + NAMES + "1"),
+    ({None: "x"}, "params" + NAMES + "NoneType"),
+    ({"info": {b"x": 1}}, "params.info" + NAMES + "bytes"),
+    ("symbol=SOL", "params" + MAPPING + "str"),
+    (0, "params" + MAPPING + "int"),
+    (False, "params" + MAPPING + "bool"),
+    ([("symbol", "SOL")], "params[0]" + MAPPING + "tuple"),
+    ([{"symbol": "SOL"}, None], "params[1]" + MAPPING + "NoneType"),
+    ([], "params: pass at least one order in a batch"),
+    ((), "params: pass at least one order in a batch"),
+    (LOOP, "params: pass fewer levels of nesting"),
 ]
-# (reason, arguments of canonical_string, sign_request and build_request)
+INSTRUCTION = "instruction: pass a name, such as 'orderExecute'"
+TIMESTAMP = "timestamp: pass an int of milliseconds since 1970, not "
+WINDOW = "window: pass an int from 1 to 60000 milliseconds, not "
 BAD_TIMES = [
-    ("too short", {"window": 0}),
-    ("too long", {"window": 60001}),
-    ("negative", {"window": -1}),
-    ("a bool", {"window": True}),
-    ("no int", {"window": 5000.0}),
-    ("no int", {"window": "5000"}),
-    ("negative", {"timestamp": -1}),
-    ("a bool", {"timestamp": True}),
-    ("no int", {"timestamp": 1.5}),
-    ("no int", {"timestamp": "1750793021519"}),
+    ({"window": 0}, WINDOW + "0"),
+    ({"window": 60001}, WINDOW + "60001"),
+    ({"window": -1}, WINDOW + "-1"),
+    ({"window": True}, WINDOW + "True"),
+    ({"window": 5000.0}, WINDOW + "5000.0"),
+    ({"window": "5000"}, WINDOW + "str"),
+    ({"window": None}, WINDOW + "NoneType"),
+    ({"timestamp": -1}, TIMESTAMP + "-1"),
+    ({"timestamp": True}, TIMESTAMP + "True"),
+    ({"timestamp": 1.5}, TIMESTAMP + "1.5"),
+    ({"timestamp": "1750793021519"}, TIMESTAMP + "str"),
+    ({"instruction": "a&b=c"}, INSTRUCTION),
+    ({"instruction": "a\n"}, INSTRUCTION),
+    ({"instruction": " "}, INSTRUCTION),
+    ({"instruction": ""}, INSTRUCTION),
+    ({"instruction": b"accountQuery"}, INSTRUCTION),
+    ({"instruction": 5}, INSTRUCTION),
+    ({"instruction": GUIDE_KEY}, INSTRUCTION),
 ]
-BAD_INSTRUCTIONS = ["a&b=c", "a\n", " ", b"accountQuery", 5]
-# (reason, key, size that the error must tell)
+KEY = "secret_key: pass the base64 of 32 bytes; "
+NOT_BASE64 = KEY + "these {} characters are not base64"
+SIZE = KEY + "this is the base64 of {} bytes"
 BAD_KEYS = [
-    ("empty", "", "of 0 bytes"),
-    ("a byte short", base64.b64encode(bytes(31)).decode(), "of 31 bytes"),
-    ("a byte long", base64.b64encode(bytes(33)).decode(), "of 33 bytes"),
-    (
-        "seed and public key",
-        base64.b64encode(bytes(64)).decode(),
-        "of 64 bytes",
-    ),
-    ("not base64", "!" + GUIDE[1:], "these 44 characters"),
-    ("URL-safe base64", GUIDE.replace("/", "_"), "these 44 characters"),
-    ("not ASCII", GUIDE[:-1] + "é", "these 44 characters"),
-    ("padding left out", GUIDE[:-1], "these 43 characters"),
-    ("padding and more", GUIDE + "=", "these 45 characters"),
-    ("space within", GUIDE[:20] + " " + GUIDE[20:], "these 45 characters"),
-    ("bits that base64 ignores", GUIDE[:-2] + "t=", "these 44 characters"),
-    ("hexadecimal", base64.b64decode(GUIDE).hex(), "of 48 bytes"),
+    ("", SIZE.format(0)),
+    (base64.b64encode(bytes(31)).decode(), SIZE.format(31)),
+    (base64.b64encode(bytes(33)).decode(), SIZE.format(33)),
+    (base64.b64encode(bytes(64)).decode(), SIZE.format(64)),
+    (base64.b64decode(GUIDE_KEY).hex(), SIZE.format(48)),
+    ("!" + GUIDE_KEY[1:], NOT_BASE64.format(44)),
+    (GUIDE_KEY.replace("/", "_"), NOT_BASE64.format(44)),
+    (GUIDE_KEY[:-1] + "é", NOT_BASE64.format(44)),
+    (GUIDE_KEY[:-1], NOT_BASE64.format(43)),
+    (GUIDE_KEY + "=", NOT_BASE64.format(45)),
+    (GUIDE_KEY[:20] + " " + GUIDE_KEY[20:], NOT_BASE64.format(45)),
+    (GUIDE_KEY[:-2] + "t=", NOT_BASE64.format(44)),  # bits that are ignored
+    (GUIDE_KEY.encode(), "secret_key: pass a str, not bytes"),
+    ([GUIDE_KEY], "secret_key: pass a str, not list"),
+    (5, "secret_key: pass a str, not int"),
 ]
-# (reason, arguments of build_request besides the method and path of an order)
+METHOD = "method: pass a word, such as 'GET', not {!r}"
+URL_AS_PATH = (
+    "path: pass only the path of the URL, such as '/api/v1/order'; its scheme "
+    "and host are the base_url"
+)
+QUERY_IN_PATH = "path: pass the query as params, not within the path {!r}"
+SLASH = "path: begin with a slash, as in '/api/v1/order', not {!r}"
+PATH = "path: use only letters, digits and - . _ ~ % /, not {!r}"
+BASE_URL = "base_url: pass https://HOST, with a port and a path if needed"
+HTTPS = (
+    "base_url: pass https; http, which is not encrypted, is only for "
+    "localhost, 127.0.0.1 and [::1]"
+)
+PORT = "base_url: pass a port from 1 to 65535, not "
+HEADER_NAMES = "headers: pass names of letters, digits and -"
+RESERVED = "header {}: leave it out, because bpx.py sets it"
+HEADER_TEXT = "header X-A: pass printable ASCII text"
+IN_QUERY = (
+    ": pass a single value, not a mapping, because GET sends it in a query"
+)
+NO_KEY = "{} must be signed: pass secret_key"
+NOT_KNOWN = (
+    "{} is not a known signed operation: pass instruction, or leave out "
+    "secret_key"
+)
 BAD_REQUESTS = [
-    ("no word", {"method": "GET /"}),
-    ("no word", {"method": "GET\n"}),
-    ("no word", {"method": ""}),
-    ("no str", {"method": b"GET"}),
-    ("relative", {"path": "api/v1/order"}),
-    ("another host", {"path": "//evil.example/api"}),
-    ("another host", {"path": "https://evil.example/api"}),
-    ("another host", {"path": "@evil.example/"}),
-    ("empty", {"path": ""}),
-    ("a query", {"path": "/api/v1/order?symbol=SOL"}),
-    ("a fragment", {"path": "/api/v1/order#a"}),
-    ("a line break", {"path": "/api/v1/order\n"}),
-    ("a line break", {"path": "/api/v1/order\r\nX: y"}),
-    ("a space", {"path": "/api/v1/ order"}),
-    ("not ASCII", {"path": "/api/v1/é"}),
-    ("a backslash", {"path": "/\\evil.example"}),
-    ("no str", {"path": None}),
-    ("no TLS", {"base_url": "http://api.backpack.exchange"}),
-    ("no TLS", {"base_url": "http://localhost.evil.example"}),
-    ("no TLS", {"base_url": "http://127.0.0.1.evil.example"}),
-    ("no TLS", {"base_url": "http://127.0.0.256"}),
-    ("no TLS", {"base_url": "http://127.255.99.200"}),
-    ("port over 65535", {"base_url": "https://localhost:99999"}),
-    ("port over 65535", {"base_url": "http://localhost:65536"}),
-    ("port 0", {"base_url": "http://localhost:0"}),
-    ("no TLS", {"base_url": "http://128.0.0.1"}),
-    ("no TLS", {"base_url": "http://127.0.0.1@evil.example"}),
-    ("a user", {"base_url": "https://user:word@api.backpack.exchange"}),
-    ("a query", {"base_url": "https://api.backpack.exchange?x="}),
-    ("a fragment", {"base_url": "https://api.backpack.exchange#"}),
-    ("a line break", {"base_url": "https://api.backpack.exchange\n"}),
-    ("another protocol", {"base_url": "file:///etc/passwd"}),
-    ("no host", {"base_url": "https://"}),
-    ("no host", {"base_url": "https:///api"}),
-    ("no port", {"base_url": "https://api.backpack.exchange:x"}),
-    ("empty", {"base_url": ""}),
-    ("no str", {"base_url": b"https://api.backpack.exchange"}),
-    ("a line break", {"headers": {"X-A": "b\r\nX-C: d"}}),
-    ("a line break", {"headers": {"X-A": "b\n"}}),
-    ("a line break", {"headers": {"X-A\n": "b"}}),
-    ("a colon", {"headers": {"X: A": "b"}}),
-    ("no name", {"headers": {"": "b"}}),
-    ("not ASCII", {"headers": {"X-\u212a": "b"}}),
-    ("not ASCII", {"headers": {"X-A": "é"}}),
-    ("no str", {"headers": {"X-A": 1}}),
-    ("where the body ends", {"headers": {"content-length": "5"}}),
-    ("where the body ends", {"headers": {"Transfer-Encoding": "chunked"}}),
-    ("an answer not to be read", {"headers": {"Accept-Encoding": "gzip"}}),
-    ("another host", {"headers": {"Host": "evil.example"}}),
-    ("not what is signed", {"headers": {"x-window": "60000"}}),
-    ("not what is signed", {"headers": {"X-API-KEY": "k"}}),
-    ("not what is sent", {"headers": {"content-type": "text/plain"}}),
-    ("signed, but without a key", {"secret_key": None}),
-    ("a key that nothing is signed with", {"path": "/api/v1/ping"}),
-    ("a key, but known by another method", {"method": "PUT"}),
-    ("no str", {"secret_key": GUIDE.encode()}),
-    ("no str", {"secret_key": ["x"]}),
-    ("an unknown option", {"secret": GUIDE}),
+    ({"method": "GET /"}, METHOD.format("GET /")),
+    ({"method": "GET\n"}, METHOD.format("GET\n")),
+    ({"method": ""}, METHOD.format("")),
+    ({"method": b"GET"}, "method: pass a str, not bytes"),
+    ({"path": "api/v1/order"}, SLASH.format("api/v1/order")),
+    ({"path": "@evil.example/"}, SLASH.format("@evil.example/")),
+    ({"path": ""}, SLASH.format("")),
+    ({"path": "//evil.example/api"}, URL_AS_PATH),
+    ({"path": "https://user:PASSWORD@evil.example/api"}, URL_AS_PATH),
+    ({"path": "/api?symbol=SOL"}, QUERY_IN_PATH.format("/api?symbol=SOL")),
+    ({"path": "/api#a"}, PATH.format("/api#a")),
+    ({"path": "/api\n"}, PATH.format("/api\n")),
+    ({"path": "/api\r\nX: y"}, PATH.format("/api\r\nX: y")),
+    ({"path": "/é"}, PATH.format("/é")),
+    ({"path": "/\\evil.example"}, PATH.format("/\\evil.example")),
+    ({"path": None}, "path: pass a str, not NoneType"),
+    ({"base_url": "http://api.backpack.exchange"}, HTTPS),
+    ({"base_url": "http://localhost.evil.example"}, HTTPS),
+    ({"base_url": "http://127.0.0.1.evil.example"}, HTTPS),
+    ({"base_url": "http://127a0a0a1"}, HTTPS),
+    ({"base_url": "http://127.0.0.x"}, HTTPS),
+    ({"base_url": "http://127.0.0.256"}, HTTPS),
+    ({"base_url": "http://127.255.99.200"}, HTTPS),
+    ({"base_url": "http://128.0.0.1"}, HTTPS),
+    ({"base_url": "http://[::2]"}, HTTPS),
+    ({"base_url": "http://127.0.0.1@evil.example"}, BASE_URL),
+    ({"base_url": "https://user:PASSWORD@api.backpack.exchange"}, BASE_URL),
+    ({"base_url": "https://api.backpack.exchange?x="}, BASE_URL),
+    ({"base_url": "https://api.backpack.exchange/a?x="}, BASE_URL),
+    ({"base_url": "https://api.backpack.exchange/a//b"}, BASE_URL),
+    ({"base_url": "https://api.backpack.exchange//"}, BASE_URL),
+    ({"base_url": "https://api.backpack.exchange#"}, BASE_URL),
+    ({"base_url": "https://api.backpack.exchange\n"}, BASE_URL),
+    ({"base_url": "file:///etc/passwd"}, BASE_URL),
+    ({"base_url": "ftp://localhost"}, BASE_URL),
+    ({"base_url": "https://"}, BASE_URL),
+    ({"base_url": "https:///api"}, BASE_URL),
+    ({"base_url": "https://[]"}, BASE_URL),
+    ({"base_url": "https://[evil.example]"}, BASE_URL),
+    ({"base_url": "https://[::1"}, BASE_URL),
+    ({"base_url": "https://a.example:"}, BASE_URL),
+    ({"base_url": "https://a.example:x"}, BASE_URL),
+    ({"base_url": "https://a.example:1:2"}, BASE_URL),
+    ({"base_url": "https://a.example:123456"}, BASE_URL),
+    ({"base_url": "https://a.example:65536"}, PORT + "65536"),
+    ({"base_url": "http://localhost:85536"}, PORT + "85536"),
+    ({"base_url": "https://a.example:0"}, PORT + "0"),
+    ({"base_url": ""}, BASE_URL),
+    ({"base_url": b"https://a.example"}, "base_url: pass a str, not bytes"),
+    ({"headers": [("X-A", "b")]}, "headers: pass a mapping, not list"),
+    ({"headers": {"X-A": "b\r\nX-C: d"}}, HEADER_TEXT),
+    ({"headers": {"X-A": "b\n"}}, HEADER_TEXT),
+    ({"headers": {"X-A": "é"}}, HEADER_TEXT),
+    ({"headers": {"X-A": 1}}, "header X-A: pass a str, not int"),
+    ({"headers": {"X-A\n": "b"}}, HEADER_NAMES),
+    ({"headers": {"X: A": "b"}}, HEADER_NAMES),
+    ({"headers": {"": "b"}}, HEADER_NAMES),
+    ({"headers": {"X-\u212a": "b"}}, HEADER_NAMES),  # K, the unit kelvin
+    ({"headers": {5: "b"}}, HEADER_NAMES),
+    *(
+        ({"headers": {name: "5"}}, RESERVED.format(name))
+        for name in (
+            *("Accept-Encoding", "Content-Encoding", "content-length"),
+            *("CONTENT-TYPE", "Host", "Transfer-Encoding", "X-API-KEY"),
+            *("X-Signature", "X-Timestamp", "x-window"),
+        )
+    ),
+    ({"secret_key": None}, NO_KEY.format("POST /api/v1/order")),
+    (
+        {"path": "/p", "secret_key": None, "instruction": "a"},
+        NO_KEY.format("POST /p"),
+    ),
+    ({"path": "/p"}, NOT_KNOWN.format("POST /p")),
+    ({"path": "/p", "secret_key": ""}, NOT_KNOWN.format("POST /p")),
+    ({"method": "put"}, NOT_KNOWN.format("PUT /api/v1/order")),
+    (
+        {"method": "GET", "params": [{"a": "b"}]},
+        "params: pass one mapping to GET, not a batch",
+    ),
+    ({"method": "GET", "params": {"z": 1, "a": {}}}, "params.a" + IN_QUERY),
 ]
-BAD_TIMEOUTS = [0, -1, True, False, None, "5", float("nan"), float("inf")]
-BAD_TIMEOUTS += [1e10, 86400.1, 86401]
+TIMEOUT = "timeout: pass a number of seconds above 0 and at most 86400, not "
+BAD_TIMEOUTS = [
+    (0, TIMEOUT + "0"),
+    (-1, TIMEOUT + "-1"),
+    (True, TIMEOUT + "True"),
+    (False, TIMEOUT + "False"),
+    (None, TIMEOUT + "NoneType"),
+    ("5", TIMEOUT + "str"),
+    (float("nan"), TIMEOUT + "nan"),
+    (float("inf"), TIMEOUT + "inf"),
+    (86400.1, TIMEOUT + "86400.1"),
+    (86401, TIMEOUT + "86401"),
+]
+LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
+DIGITS = "0123456789"
+PRINTABLE = "".join(map(chr, range(32, 127)))
+# Argument, a value with a place for one character, the characters that are
+# accepted there.
+CHARACTERS = [
+    ("method", "{}", LETTERS),
+    ("method", "{}ET", LETTERS),
+    ("method", "G{}T", LETTERS),
+    ("method", "GE{}", LETTERS),
+    ("path", "{}api", "/"),
+    ("path", "/{}api", LETTERS + DIGITS + "._~%-"),
+    ("path", "/a{}i", LETTERS + DIGITS + "/._~%-"),
+    ("path", "/api{}", LETTERS + DIGITS + "/._~%-"),
+    ("base_url", "https://{}a", LETTERS + DIGITS + ".-"),
+    ("base_url", "https://a{}b", LETTERS + DIGITS + ".-/"),
+    ("base_url", "https://a{}", LETTERS + DIGITS + ".-/"),
+    ("base_url", "https://a:{}", "123456789"),
+    ("base_url", "https://a:1{}", DIGITS + "/"),
+    ("base_url", "https://a/{}", LETTERS + DIGITS + "._~-"),
+    ("base_url", "https://a/b{}c", LETTERS + DIGITS + "._~-/"),
+    ("base_url", "https://a/b{}", LETTERS + DIGITS + "._~-/"),
+    ("base_url", "https://[::{}]", DIGITS + "ABCDEFabcdef"),
+    ("base_url", "http://localhost{}", "/"),
+    ("base_url", "http{}://localhost", "s"),
+    ("header name", "{}A", LETTERS + DIGITS + "-"),
+    ("header name", "A{}A", LETTERS + DIGITS + "-"),
+    ("header name", "A{}", LETTERS + DIGITS + "-"),
+    ("header value", "{}a", PRINTABLE),
+    ("header value", "a{}a", PRINTABLE),
+    ("header value", "a{}", PRINTABLE),
+]
+
+# --- Two servers on 127.0.0.1: one that answers, and one that misbehaves ---
 
 
-class Exchange(http.server.ThreadingHTTPServer):
-    """Answers what .answer holds, and keeps in .seen what it was sent."""
+class FakeExchange(http.server.ThreadingHTTPServer):
+    """Answers every request with .answer, and keeps what it got in .seen."""
 
     daemon_threads = True
-    answer = (200, {}, b"{}")
+
+    def __init__(self):
+        super().__init__(("127.0.0.1", 0), FakeExchangeHandler)
+        self.url = "http://127.0.0.1:%d" % self.server_address[1]
+        self.seen = []
 
     def __enter__(self):
-        self.seen = []
-        self.url = "http://127.0.0.1:%d" % self.server_address[1]
-        threading.Thread(target=self.serve_forever, args=(0.01,)).start()
+        serve = threading.Thread(target=self.serve_forever, args=(0.01,))
+        serve.daemon = True  # An interrupt of the tests must end them.
+        serve.start()
         return self
 
     def __exit__(self, *error):
@@ -557,7 +650,7 @@ class Exchange(http.server.ThreadingHTTPServer):
         self.server_close()
 
 
-class Handler(http.server.BaseHTTPRequestHandler):
+class FakeExchangeHandler(http.server.BaseHTTPRequestHandler):
     protocol_version, timeout = "HTTP/1.1", 5
     disable_nagle_algorithm = True
 
@@ -568,10 +661,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
             types.SimpleNamespace(
                 method=self.command,
                 path=path,
+                query=query,
                 pairs=urllib.parse.parse_qsl(query, keep_blank_values=True),
                 body=json.loads(body) if body else None,
                 headers=self.headers,
-                query=query,
             )
         )
         status, headers, answer = self.server.answer
@@ -580,610 +673,24 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.send_header(name, value)
         self.send_header("Content-Length", str(len(answer)))
         self.end_headers()
-        self.wfile.write(answer)
+        if self.command != "HEAD":
+            self.wfile.write(answer)
 
-    do_GET = do_POST = do_DELETE = do_PATCH = do_PUT = respond
+    do_GET = do_POST = do_DELETE = do_PATCH = do_PUT = do_HEAD = respond
 
     def log_message(self, *args):
         pass
 
 
-def signed_text(seen, instruction):
-    """The canonical string, by the documentation, of what was on the wire."""
-    orders = seen.body if isinstance(seen.body, list) else [seen.body or {}]
-    parts = []
-    for order in orders:
-        pairs = list(seen.pairs)
-        for name, value in order.items():
-            for item in value if isinstance(value, list) else [value]:
-                if isinstance(item, bool):
-                    item = str(item).lower()
-                elif isinstance(item, dict):
-                    item = json.dumps(
-                        item,
-                        ensure_ascii=False,
-                        separators=(",", ":"),
-                        sort_keys=True,
-                    )
-                pairs.append((name, item))
-        pairs.sort(key=lambda pair: pair[0])
-        parts += [
-            "%s=%s" % pair for pair in [("instruction", instruction)] + pairs
-        ]
-    times = seen.headers["X-Timestamp"], seen.headers["X-Window"]
-    return "&".join(parts) + "&timestamp=%s&window=%s" % times
+class ScriptedServer:
+    """Plays one script for each request, and after the last one an echo.
 
-
-def verify(seen, instruction):
-    """Raise unless the signature on the wire is of now and what is there."""
-    age = time.time() * 1000 - int(seen.headers["X-Timestamp"])
-    if not -1000 < age < 60000:
-        raise ValueError("expired")
-    key = nacl.signing.VerifyKey(base64.b64decode(seen.headers["X-API-Key"]))
-    key.verify(
-        signed_text(seen, instruction).encode(),
-        base64.b64decode(seen.headers["X-Signature"]),
-    )
-
-
-class ExchangeCase(unittest.TestCase):
-    @classmethod
-    def setUpClass(cls):
-        stack = contextlib.ExitStack()
-        cls.addClassCleanup(stack.close)
-        server = Exchange(("127.0.0.1", 0), Handler)
-        cls.exchange = stack.enter_context(server)
-
-    def setUp(self):
-        self.exchange.seen.clear()
-        self.exchange.answer = (200, {}, b"{}")
-
-    def send(self, method, path, params=None, **options):
-        options.setdefault("base_url", self.exchange.url)
-        answer = bpx.request(method, path, params, **options)
-        self.assertEqual(len(self.exchange.seen), 1)
-        return answer, self.exchange.seen.pop()
-
-
-def shown(error):
-    """All that a log could show of an error, and of those behind it."""
-    texts, chain = [], [error]
-    while chain:
-        error = chain.pop()
-        texts += traceback.format_exception(type(error), error, None)
-        texts += traceback.format_tb(error.__traceback__)
-        texts += [repr(error), repr(vars(error)), repr(error.args)]
-        chain += filter(None, [error.__cause__, error.__context__])
-    return "".join(texts)
-
-
-class CanonicalString(unittest.TestCase):
-    def test_vectors(self):
-        for name, _, instruction, params, *times, text, _ in VECTORS:
-            with self.subTest(name):
-                found = bpx.canonical_string(instruction, params, *times)
-                self.assertEqual(found, text)
-
-    def test_values(self):
-        for value, texts, _ in VALUES:
-            with self.subTest(repr(value)):
-                found = bpx.canonical_string("a", {"n": value, "z": "1"}, 5)
-                pairs = "".join("&n=" + text for text in texts)
-                expected = (
-                    "instruction=a%s&z=1&timestamp=5&window=5000" % pairs
-                )
-                self.assertEqual(found, expected)
-
-    def test_unset_values(self):
-        for value in UNSET + [[], [None]]:
-            with self.subTest(repr(value)):
-                self.assertEqual(
-                    bpx.canonical_string("a", {"n": value}, 0, 1),
-                    "instruction=a&timestamp=0&window=1",
-                )
-
-    def test_mappings(self):
-        for value, text, _ in MAPPINGS:
-            with self.subTest(text):
-                self.assertEqual(
-                    bpx.canonical_string("a", {"n": value}, 5, 60000),
-                    "instruction=a&n=%s&timestamp=5&window=60000" % text,
-                )
-
-    def test_a_tuple_is_a_batch_too(self):
-        self.assertEqual(
-            bpx.canonical_string("a", ({"c": 2, "b": 1}, {}), 5),
-            "instruction=a&b=1&c=2&instruction=a&timestamp=5&window=5000",
-        )
-
-    def test_names_are_characters(self):
-        params = {Text("b"): "1", Market.SPOT: "2"}
-        self.assertEqual(
-            bpx.canonical_string(Market.SPOT, params, 5),
-            "instruction=SPOT&SPOT=2&b=1&timestamp=5&window=5000",
-        )
-
-    def test_params_are_not_changed(self):
-        params = {"b": None, "a": [Side.BID], "c": {"d": None}}
-        bpx.canonical_string("a", params, 5)
-        self.assertEqual(
-            str(params), str({"b": None, "a": [Side.BID], "c": {"d": None}})
-        )
-        self.assertIs(params["a"][0], Side.BID)
-
-    def test_bad_times_and_instructions(self):
-        for reason, options in BAD_TIMES:
-            with self.subTest(reason, **options):
-                options = {"timestamp": 5, **options}
-                with self.assertRaisesRegex(ValueError, "window|timestamp"):
-                    bpx.canonical_string("a", None, **options)
-        for instruction in BAD_INSTRUCTIONS + ["", None]:
-            with self.subTest(instruction=instruction):
-                with self.assertRaisesRegex(ValueError, "instruction"):
-                    bpx.canonical_string(instruction, None, 5)
-
-
-class SignRequest(unittest.TestCase):
-    def test_ed25519_of_the_library(self):
-        # RFC 8032, section 7.1, TEST 1
-        seed = (
-            "9d61b19deffd5a60ba844af492ec2cc44449c5697b326919703bac031cae7f60"
-        )
-        public, secret = nacl.bindings.crypto_sign_seed_keypair(
-            bytes.fromhex(seed)
-        )
-        self.assertEqual(
-            public.hex(),
-            "d75a980182b10ab7d54bfed3c964073a0ee172f3daa62325af021a68f707511a",
-        )
-        self.assertEqual(
-            nacl.bindings.crypto_sign(b"", secret).hex(),
-            "e5564300c360ac729086e2cc806e828a84877f1eb8e5d974d873e06522490155"
-            "5fb8821590a33bacc61e39701cf9b46bd25bf5f0595bbe24655141438e7a100b",
-        )
-
-    def test_vectors(self):
-        for name, key, instruction, params, stamp, window, _, sign in VECTORS:
-            with self.subTest(name):
-                headers = bpx.sign_request(
-                    instruction, params, key, timestamp=stamp, window=window
-                )
-                self.assertEqual(
-                    headers,
-                    {
-                        "X-API-Key": API_KEYS[key],
-                        "X-Signature": sign,
-                        "X-Timestamp": str(stamp),
-                        "X-Window": str(window),
-                    },
-                )
-
-    def test_now_by_default(self):
-        before = time.time_ns() // 1000000
-        headers = bpx.sign_request("accountQuery", None, GUIDE)
-        after = time.time_ns() // 1000000
-        self.assertLessEqual(before, int(headers["X-Timestamp"]))
-        self.assertLessEqual(int(headers["X-Timestamp"]), after)
-        self.assertEqual(headers["X-Window"], "5000")
-
-    def test_time_zero_is_a_time(self):
-        headers = bpx.sign_request("accountQuery", None, GUIDE, timestamp=0)
-        self.assertEqual(headers["X-Timestamp"], "0")
-
-    def test_white_space_around_a_key(self):
-        for key in (GUIDE + "\n", "\t " + GUIDE + "\r\n", Text(GUIDE)):
-            self.assertEqual(
-                bpx.sign_request("a", None, key, timestamp=5),
-                bpx.sign_request("a", None, GUIDE, timestamp=5),
-            )
-
-    def test_bad_keys(self):
-        for reason, key, size in BAD_KEYS:
-            with self.subTest(reason):
-                with self.assertRaisesRegex(ValueError, size) as caught:
-                    bpx.sign_request("accountQuery", None, key)
-                if key:
-                    self.assertNotIn(key, shown(caught.exception))
-                    self.assertNotIn(key[2:30], shown(caught.exception))
-        for key in (None, b"", GUIDE.encode(), 5, []):
-            with self.subTest(type=type(key)):
-                with self.assertRaisesRegex(TypeError, "secret_key") as caught:
-                    bpx.sign_request("accountQuery", None, key)
-                self.assertNotIn(GUIDE, shown(caught.exception))
-
-    def test_bad_arguments(self):
-        for reason, params, named in BAD_PARAMS:
-            with self.subTest(reason, params=repr(params)[:50]):
-                with self.assertRaisesRegex(
-                    (TypeError, ValueError), "(?s)" + named
-                ) as caught:
-                    bpx.sign_request("accountQuery", params, GUIDE)
-                self.assertNotIn(GUIDE, shown(caught.exception))
-        for reason, options in BAD_TIMES:
-            with self.subTest(reason, **options):
-                with self.assertRaises(ValueError):
-                    bpx.sign_request("accountQuery", None, GUIDE, **options)
-
-    def test_a_key_is_decoded_once(self):
-        key = base64.b64encode(bytes(range(32))).decode()
-        with mock.patch(
-            "nacl.bindings.crypto_sign_seed_keypair",
-            wraps=nacl.bindings.crypto_sign_seed_keypair,
-        ) as derive:
-            for _ in range(3):
-                bpx.sign_request("accountQuery", None, key)
-        self.assertEqual(derive.call_count, 1)
-
-    def test_without_pynacl(self):
-        key = base64.b64encode(bytes(32)).decode()
-        with mock.patch.dict(sys.modules, {"nacl.signing": None}):
-            text = r"\Ato sign requests, pip install PyNaCl\Z"
-            with self.assertRaisesRegex(ImportError, text):
-                bpx.sign_request("accountQuery", None, key)
-        bpx.sign_request("accountQuery", None, key)
-
-
-# (arguments of build_request besides those of a signed order, the whole text)
-MESSAGES = [
-    (
-        {"params": {"price": 0.1}},
-        "params.price: pass a str or Decimal, not the float 0.1, because "
-        "floats are not exact (0.1 + 0.2 is not 0.3)",
-    ),
-    (
-        {"params": [{}, {"a": {"b": {1}}}]},
-        "params[1].a.b: pass a str, bool, int, Decimal, Enum member, list or "
-        "mapping, not set",
-    ),
-    (
-        {"params": {"a": [1, {}]}},
-        "params.a[1]: pass a single value, not dict, because it is within a "
-        "list",
-    ),
-    (
-        {"params": {"a": decimal.Decimal("NaN")}},
-        "params.a: pass a finite number, not NaN",
-    ),
-    ({"params": {"a": {1: 2}}}, "params.a: pass names as str, not 1"),
-    ({"params": {1: 2}}, "params: pass names as str, not 1"),
-    ({"params": LOOP}, "params: pass fewer levels of nesting"),
-    (
-        {"params": "a"},
-        "params: pass a mapping of names to values, not str",
-    ),
-    ({"params": []}, "params: pass at least one order in a batch"),
-    (
-        {"instruction": "-"},
-        "instruction: pass a name, such as 'orderExecute'",
-    ),
-    (
-        {"timestamp": "1"},
-        "timestamp: pass an int of milliseconds since 1970, not str",
-    ),
-    (
-        {"window": 0},
-        "window: pass an int from 1 to 60000 milliseconds, not 0",
-    ),
-    ({"secret_key": 5}, "secret_key: pass a str, not int"),
-    (
-        {"secret_key": "é"},
-        "secret_key: pass the base64 of 32 bytes; these 1 characters are not "
-        "base64",
-    ),
-    ({"method": ""}, "method: pass a word, such as 'GET', not ''"),
-    (
-        {"path": "p"},
-        "path: begin with a slash, as in '/api/v1/order', not 'p'",
-    ),
-    (
-        {"path": "/p?a=b"},
-        "path: pass the query as params, not within the path '/p?a=b'",
-    ),
-    (
-        {"path": "https://evil.example/p"},
-        "path: pass only the path of the URL, such as '/api/v1/order'; its "
-        "scheme and host are the base_url",
-    ),
-    ({"path": None}, "path: pass a str, not NoneType"),
-    (
-        {"base_url": ""},
-        "base_url: pass https://HOST, with a port and a path if needed",
-    ),
-    (
-        {"headers": {"Host": ""}},
-        "header Host: leave it out, because bpx.py sets it",
-    ),
-    ({"headers": {"X-A": 1}}, "header X-A: pass a str, not int"),
-    (
-        {"secret_key": None},
-        "POST /api/v1/order must be signed: pass secret_key",
-    ),
-    (
-        {"path": "/p"},
-        "POST /p is not a known signed operation: pass instruction, or leave "
-        "out secret_key",
-    ),
-    (
-        {"method": "GET", "params": {"a": {}}},
-        "params.a: pass a single value, not a mapping, because GET sends it "
-        "in a query",
-    ),
-]
-
-
-class BuildRequest(unittest.TestCase):
-    ORDER = {"method": "POST", "path": "/api/v1/order", "secret_key": GUIDE}
-
-    def test_get(self):
-        built = bpx.build_request(
-            "get",
-            "/wapi/v1/history/fills",
-            {"symbol": "a b/+&%é", "marketType": ["SPOT", "PERP"], "to": 1},
-            secret_key=GUIDE,
-            timestamp=5,
-            window=6,
-        )
-        self.assertEqual(built.get_method(), "GET")
-        self.assertEqual(
-            built.full_url,
-            "https://api.backpack.exchange/wapi/v1/history/fills"
-            "?marketType=SPOT&marketType=PERP"
-            "&symbol=a%20b%2F%2B%26%25%C3%A9&to=1",
-        )
-        self.assertIsNone(built.data)
-        self.assertEqual(
-            [name for name, _ in built.header_items()],
-            ["User-agent", "X-api-key", "X-signature"]
-            + ["X-timestamp", "X-window"],
-        )
-        self.assertEqual(built.get_header("X-timestamp"), "5")
-        self.assertEqual(built.get_header("X-window"), "6")
-
-    def test_post(self):
-        params = {"symbol": "é", "price": decimal.Decimal("1E1"), "a": None}
-        built = bpx.build_request(params=params, **self.ORDER)
-        self.assertEqual(built.get_method(), "POST")
-        self.assertEqual(
-            built.full_url, "https://api.backpack.exchange/api/v1/order"
-        )
-        self.assertEqual(built.data, '{"price":"10","symbol":"é"}'.encode())
-        self.assertEqual(
-            built.get_header("Content-type"), "application/json; charset=utf-8"
-        )
-        self.assertEqual(list(params), ["symbol", "price", "a"])
-
-    def test_no_params(self):
-        for params in (None, {}, {"a": None}):
-            built = bpx.build_request("GET", "/api/v1/time", params)
-            self.assertEqual(built.selector, "/api/v1/time")
-            built = bpx.build_request("PATCH", "/api/v1/time", params)
-            self.assertEqual(built.data, b"{}")
-
-    def test_base_urls(self):
-        for base_url, url in [
-            ("https://a.example", "https://a.example/p"),
-            ("https://a.example/", "https://a.example/p"),
-            ("https://a.example/X", "https://a.example/X/p"),
-            (
-                "https://a-1.example:8443/x/y_z.~",
-                "https://a-1.example:8443/x/y_z.~/p",
-            ),
-            ("https://[2001:db8::1]:8443", "https://[2001:db8::1]:8443/p"),
-            ("http://localhost:1", "http://localhost:1/p"),
-            ("http://127.0.0.1:1/", "http://127.0.0.1:1/p"),
-            ("http://[::1]:1", "http://[::1]:1/p"),
-            (Text("https://a.example"), "https://a.example/p"),
-        ]:
-            with self.subTest(base_url):
-                built = bpx.build_request("GET", "/p", base_url=base_url)
-                self.assertEqual(built.full_url, url)
-
-    def test_paths(self):
-        for path in ("/", "/a/b_c.d~e-f%20G0", Text("/a"), Market("SPOT")):
-            if path != "SPOT":
-                with self.subTest(path):
-                    built = bpx.build_request("GET", path)
-                    self.assertEqual(built.selector, "".join([path]))
-
-    def test_the_instruction_of_the_caller_wins(self):
-        for path in ("/api/v1/order", "/api/v1/new"):
-            built = bpx.build_request(
-                "GET", path, instruction="other", secret_key=GUIDE, timestamp=5
-            )
-            self.assertEqual(
-                built.get_header("X-signature"),
-                bpx.sign_request("other", None, GUIDE, timestamp=5)[
-                    "X-Signature"
-                ],
-            )
-
-    def test_headers(self):
-        headers = {"X-Extra": "~ !", "user-agent": "mine"}
-        built = bpx.build_request(headers=headers, **self.ORDER)
-        self.assertEqual(built.get_header("X-extra"), "~ !")
-        self.assertEqual(built.get_header("User-agent"), "mine")
-        self.assertEqual(built.get_header("X-window"), "5000")
-        built = bpx.build_request("GET", "/")
-        self.assertEqual(
-            built.header_items(), [("User-agent", "bpx.py/" + bpx.__version__)]
-        )
-
-    def test_messages(self):
-        for options, text in MESSAGES:
-            with self.subTest(text):
-                with self.assertRaises((TypeError, ValueError)) as caught:
-                    bpx.build_request(**{**self.ORDER, **options})
-                self.assertEqual(str(caught.exception), text)
-
-    def test_instructions(self):
-        # SHA-256 of the signed rows of the exchange's API, method, path and
-        # instruction a line, in the order of its documentation.
-        rows = "\n".join(" ".join(row) for row in bpx.INSTRUCTIONS.items())
-        self.assertEqual(len(bpx.INSTRUCTIONS), 54)
-        self.assertEqual(
-            hashlib.sha256(rows.encode()).hexdigest(),
-            "293d758a6c08accd7858cd653e3c74f8e8ef56c07ee1fe6a27c45a77a126f908",
-        )
-
-
-class OnTheWire(ExchangeCase):
-    def test_every_signed_operation(self):
-        for operation, instruction in bpx.INSTRUCTIONS.items():
-            with self.subTest(operation):
-                method, path = operation.split()
-                params = {
-                    "symbol": "SOL_USDC",
-                    "b": True,
-                    "n": 5,
-                    "e": Side.BID,
-                }
-                params = [params] * 2 if path == "/api/v1/orders" else params
-                if method in ("GET", "DELETE") and isinstance(params, list):
-                    params = params[0]
-                call = getattr(bpx, method.lower())
-                call(
-                    path, params, secret_key=GUIDE, base_url=self.exchange.url
-                )
-                seen = self.exchange.seen.pop()
-                self.assertEqual((seen.method, seen.path), (method, path))
-                verify(seen, instruction)
-
-    def test_values_in_a_query(self):
-        for value, texts, _ in VALUES:
-            with self.subTest(repr(value)):
-                _, seen = self.send(
-                    "GET", "/api/v1/order", {"n": value}, secret_key=GUIDE
-                )
-                self.assertEqual(seen.pairs, [("n", text) for text in texts])
-                self.assertRegex(seen.query, "^[A-Za-z0-9._~%=&-]*$")
-                verify(seen, "orderQuery")
-
-    def test_values_in_a_body(self):
-        rows = [(v, b if b is not None else t[0]) for v, t, b in VALUES]
-        rows += [(value, body) for value, _, body in MAPPINGS]
-        for value, body in rows:
-            with self.subTest(repr(value)):
-                _, seen = self.send(
-                    "POST", "/api/v1/order", {"n": value}, secret_key=GUIDE
-                )
-                self.assertEqual(repr(seen.body), repr({"n": body}))
-                verify(seen, "orderExecute")
-
-    def test_unset_values(self):
-        for value in UNSET:
-            for method in ("GET", "POST"):
-                _, seen = self.send(
-                    method,
-                    "/api/v1/order",
-                    {"n": value, "a": "b"},
-                    secret_key=GUIDE,
-                )
-                sent = dict(seen.pairs) if method == "GET" else seen.body
-                self.assertEqual(sent, {"a": "b"})
-
-    def test_names_are_characters(self):
-        params = {Text("b/"): "1", Market.SPOT: "2"}
-        _, seen = self.send("GET", "/api/v1/order", params, secret_key=GUIDE)
-        self.assertEqual(seen.query, "SPOT=2&b%2F=1")
-        verify(seen, "orderQuery")
-        _, seen = self.send("POST", "/api/v1/order", params, secret_key=GUIDE)
-        self.assertEqual(seen.body, {"SPOT": "2", "b/": "1"})
-        verify(seen, "orderExecute")
-
-    def test_batch(self):
-        for kind in (list, tuple):
-            batch = kind([{"symbol": "A", "price": "1"}, {"symbol": "B"}])
-            _, seen = self.send(
-                "POST", "/api/v1/orders", batch, secret_key=GUIDE
-            )
-            self.assertEqual(seen.body, list(batch))
-            verify(seen, "orderExecute")
-
-    def test_a_public_operation_is_not_signed(self):
-        _, seen = self.send("GET", "/api/v1/depth", {"symbol": "SOL_USDC"})
-        self.assertFalse([name for name in seen.headers if name[:2] == "X-"])
-
-    def test_verify_can_fail(self):
-        _, seen = self.send(
-            "POST", "/api/v1/order", {"a": "b"}, secret_key=GUIDE
-        )
-        seen.body = {"a": "c"}
-        with self.assertRaises(Exception):
-            verify(seen, "orderExecute")
-
-    def test_bad_arguments_send_nothing(self):
-        rows = [(r, {"params": p}) for r, p, _ in BAD_PARAMS]
-        rows += BAD_TIMES + BAD_REQUESTS
-        rows += [("size", {"secret_key": key}) for _, key, _ in BAD_KEYS]
-        rows += [("no word", {"instruction": i}) for i in BAD_INSTRUCTIONS]
-        rows += [("no time", {"timeout": t}) for t in BAD_TIMEOUTS]
-        rows += [
-            ("no place in a query", {"method": "GET", "params": p})
-            for p in ([{"a": "b"}], {"a": {"b": "c"}}, [{"a": {}}])
-        ]
-        for reason, options in rows:
-            with self.subTest(reason, options=repr(options)[:60]):
-                options = {
-                    "method": "POST",
-                    "path": "/api/v1/order",
-                    "secret_key": GUIDE,
-                    "base_url": self.exchange.url,
-                    **options,
-                }
-                with self.assertRaises((TypeError, ValueError)) as caught:
-                    bpx.request(**options)
-                if "timeout" in options:
-                    text = "timeout: pass a number of seconds"
-                    self.assertIn(text, str(caught.exception))
-                self.assertEqual(self.exchange.seen, [])
-                secrets = [GUIDE, str(options["secret_key"]), "word@"]
-                for secret in filter(None, secrets):
-                    self.assertNotIn(secret, shown(caught.exception))
-
-
-NUMBERS = count(1)  # so that no two requests are alike
-# For localhost only, its own authority, until 2120. The key is for tests.
-PEM = """\
------BEGIN PRIVATE KEY-----
-MIGHAgEAMBMGByqGSM49AgEGCCqGSM49AwEHBG0wawIBAQQg5lqaAY+ycNKSSrZr
-8TDSVnRTK07eT+9XddHRaKzvHsyhRANCAAS8kh+uZSAmIzM40gBlNpTQtLohFJ9s
-6AImScaMjti5AT04hYMbFnZ/MXWirhBG2dvfkFC7gVSplpOif3ZDDdwx
------END PRIVATE KEY-----
------BEGIN CERTIFICATE-----
-MIIBkjCCATigAwIBAgIBATAKBggqhkjOPQQDAjAUMRIwEAYDVQQDDAlsb2NhbGhv
-c3QwIBcNMjAwMTAxMDAwMDAwWhgPMjEyMDAxMDEwMDAwMDBaMBQxEjAQBgNVBAMM
-CWxvY2FsaG9zdDBZMBMGByqGSM49AgEGCCqGSM49AwEHA0IABLySH65lICYjMzjS
-AGU2lNC0uiEUn2zoAiZJxoyO2LkBPTiFgxsWdn8xdaKuEEbZ29+QULuBVKmWk6J/
-dkMN3DGjeTB3MA8GA1UdEwEB/wQFMAMBAf8wDgYDVR0PAQH/BAQDAgKEMB0GA1Ud
-DgQWBBTDsQO3HiD+Uu8c1uzp/t8iDTJyrDAfBgNVHSMEGDAWgBTDsQO3HiD+Uu8c
-1uzp/t8iDTJyrDAUBgNVHREEDTALgglsb2NhbGhvc3QwCgYIKoZIzj0EAwIDSAAw
-RQIgXClWVA5U9PMfyc+jyfIEpkC2nUSYeoTMglg3ag0UU+4CIQDH1RVScza8Vuh6
-urLkWqEH5wlIPtjUKdzoOlJSso9Fng==
------END CERTIFICATE-----
-"""
-
-
-FOLDER = tempfile.TemporaryDirectory()
-PEM_FILE = os.path.join(FOLDER.name, "localhost.pem")
-CONTEXT = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-
-
-def setUpModule():
-    with open(PEM_FILE, "w") as file:
-        file.write(PEM)
-    CONTEXT.load_cert_chain(PEM_FILE)
-
-
-def tearDownModule():
-    FOLDER.cleanup()
-
-
-# --- A server that plays scripts ---
-class Server:
-    """Answers each request by the next script, after the last by an echo.
-
-    A script is a sequence of bytes to send, seconds to wait and functions to
-    call with the socket. An echo is [number of the connection, target].
+    A script is a sequence of steps, and a step is one of
+    - bytes: they are sent,
+    - a number: so many seconds are waited,
+    - a function: it is called with the socket (close, reset, shut, ...).
+    After a script the connection stays open for another request. An echo is
+    the JSON of [number of the connection, target of the request].
     """
 
     scheme = "http"
@@ -1217,7 +724,7 @@ class Server:
         thread.start()
 
     def accept(self):
-        for number in count(1):
+        for number in itertools.count(1):
             sock = self.listener.accept()[0]
             if self.stop.is_set():
                 return sock.close()
@@ -1228,7 +735,7 @@ class Server:
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         with contextlib.suppress(OSError):  # close, or the client is gone
             if self.scheme == "https":
-                sock = CONTEXT.wrap_socket(sock, server_side=True)
+                sock = SERVER_CONTEXT.wrap_socket(sock, server_side=True)
             self.sockets.append(sock)
             with sock, sock.makefile("rb") as stream:
                 for line in stream:
@@ -1252,16 +759,21 @@ class Server:
                 self.stop.wait(step)
         self.played.release()
 
+    def has_closed(self, number):
+        """Whether the client soon closes its connection of that number."""
+        self.threads[number].join(2)
+        return not self.threads[number].is_alive()
 
-class TLSServer(Server):
+
+class TLSScriptedServer(ScriptedServer):
     scheme = "https"
 
 
-BOTH = Server, TLSServer
+BOTH = ScriptedServer, TLSScriptedServer
 
 
 def close(sock):
-    raise ConnectionError  # for Server.serve, which closes
+    raise ConnectionError  # for ScriptedServer.serve, which closes
 
 
 def reset(sock):
@@ -1278,445 +790,490 @@ def interrupt(sock):
     signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
 
 
-def relay(port):
+def relay_to(port):
     """What a proxy does once it has answered CONNECT."""
 
-    def step(client):
+    def relay(client):
         with socket.create_connection(("127.0.0.1", port)) as server:
             other = {client: server, server: client}
             while True:
                 for source in select.select(other, [], [], 5)[0] or close(0):
                     other[source].sendall(source.recv(65536) or close(0))
 
-    return step
+    return relay
 
 
-# --- Answers ---
-HEAD = b"HTTP/1.1 200 OK\r\n"
-LENGTH = HEAD + b"Content-Length: %d\r\n\r\n"
-REST = b"Content-Length: 2\r\n\r\n{}"
-TWO = HEAD + REST
-BLOCK = HEAD[:-2].ljust(8190 - len(REST)) + b"\r\n" + REST  # 8192 bytes
-CHUNKS = b"Transfer-Encoding: chunked\r\n\r\n"
-CHUNKED = HEAD + CHUNKS
-LAST = b"0\r\n\r\n"
-CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
-NO_CONTENT = b"HTTP/1.1 204 No Content\r\n"
-DRIP = [b"1", 0.05]
-
-
-def then(first, *steps):
-    """A script that repeats steps for ever."""
+def repeat_forever(first, *steps):
     return itertools.chain([first], itertools.cycle(steps))
 
 
-# (reason, base URL, SSL_CERT_FILE if not ours)
-NOT_SENT = [
-    ("refused", "http://127.0.0.1:1"),
-    ("unknown host", "https://no.such.host.invalid"),
-    ("label over 63", f"https://{'a' * 70}.example"),
-    ("untrusted certificate", "https://localhost:{tls}", os.devnull),
-    ("another host's certificate", "https://127.0.0.1:{tls}"),
-    ("silence to TLS", "https://localhost:{plain}"),
-]
-
-# (reason, https_proxy, what the proxy does)
-NO_TUNNEL = [
-    ("refused", "http://127.0.0.1:1", []),
-    ("no port", "http://localhost:x", []),
-    ("no URL", "http:/localhost", []),
-    ("407", "{}", [b"HTTP/1.1 407 No\r\nContent-Length: 0\r\n\r\n"]),
-    ("302", "{}", [b"HTTP/1.1 302 No\r\nLocation: /\r\n\r\n"]),
-    ("not HTTP", "{}", [b"SSH-2.0-OpenSSH_9.6\r\n\r\n"]),
-    ("closed", "{}", [close]),
-    ("reset", "{}", [reset]),
-    ("silence", "{}", []),
-    ("dripped header", "{}", then(HEAD, *DRIP)),
-    ("silence to TLS", "{}", [HEAD + b"\r\n"]),
-    ("dripped TLS", "{}", then(HEAD + b"\r\n\x16\3\3\x40\0\2", *DRIP)),
-]
-
-# (reason, script): all are over at once
-BROKEN = [
-    ("closed", [close]),
-    ("reset", [reset]),
-    ("half a status line", [b"HTTP/1.1 20", close]),
-    ("half a header", [HEAD + b"Content-Le", close]),
-    ("no blank line, length 0", [(LENGTH % 0)[:-2], close]),
-    ("no blank line, 204", [NO_CONTENT, close]),
-    ("no body", [LENGTH % 2, close]),
-    ("half a body", [LENGTH % 4 + b"{}", close]),
-    ("half a body, reset", [LENGTH % 4 + b"{}", reset]),
-    ("half a body, half closed", [LENGTH % 4 + b"{}", shut]),
-    ("half a chunk", [CHUNKED + b"4\r\n{}", close]),
-    ("no last chunk", [CHUNKED + b"2\r\n{}\r\n", close]),
-    ("0 of a size 0a", [CHUNKED + b"2\r\n{}\r\n0", close]),
-    ("no blank line, chunks", [CHUNKED + b"2\r\n{}\r\n0\r\n", close]),
-    ("not HTTP", [b"SSH-2.0-OpenSSH_9.6\r\n\r\n"]),
-    ("HTTP/2.0", [TWO.replace(b"1.1", b"2.0")]),
-    ("status not a number", [TWO.replace(b"200", b"two")]),
-    ("status 101", [b"HTTP/1.1 101 Switching\r\n\r\n"]),
-    ("status 103", [b"HTTP/1.1 103 Early Hints\r\n\r\n" + TWO]),
-    ("no length", [HEAD + b"\r\n{}", close]),
-    ("length below 0", [LENGTH % -2 + b"{}", close]),
-    ("length not a number", [TWO.replace(b": 2", b": two"), close]),
-    ("length 10**30", [LENGTH % 10**30 + b"{}", close]),
-    ("length of 5000 digits", [TWO.replace(b": 2", b": 2" * 5000), close]),
-    ("lengths 4 and 2", [(LENGTH % 4)[:-2] + REST + b"  ", close]),
-    ("length and chunks", [HEAD + REST[:-4] + CHUNKS + b"2\r\n{}\r\n" + LAST]),
-    ("gzip", [CHUNKED.replace(b"chunked", b"gzip") + b"{}", close]),
-    ("chunk of 2**70", [CHUNKED + b"%x\r\n{}" % 2**70, close]),
-    ("chunk below 0", [CHUNKED + b"-2\r\n{}\r\n" + LAST, close]),
-    ("chunk not a number", [CHUNKED + b"two\r\n{}\r\n" + LAST]),
-    ("200 headers", [HEAD + b"A: b\r\n" * 200 + REST]),
-    ("header of 70000 bytes", [HEAD + b"A: %070000d\r\n" % 0 + REST]),
-]
-
-# (reason, script): all last longer than the timeout
-LATE = [
-    ("silence", []),
-    ("a late answer", [0.3, TWO]),
-    ("dripped status line", then(b"HTTP", *DRIP)),
-    ("dripped header", then(HEAD, *DRIP)),
-    ("dripped body", then(LENGTH % 99, *DRIP)),
-    ("dripped chunk size", then(CHUNKED, *DRIP)),
-    ("dripped chunk", then(CHUNKED + b"99\r\n", *DRIP)),
-    ("endless trailers", then(CHUNKED + b"0\r\n", b"A: b\r\n" * 99)),
-    ("endless 100 Continue", then(CONTINUE, CONTINUE * 99)),
-]
-
-# (what the error says, script): MAX_BODY is 4
-SAID = [
-    ("(TimeoutError|timeout): timed out", []),
-    (
-        "EOFError: closed before the response was whole",
-        [HEAD, close],
-    ),
-    (
-        "HTTPException: more than one Content-Length or Transfer-Encoding",
-        [(LENGTH % 4)[:-2] + REST],
-    ),
-    (
-        "HTTPException: the body is larger than MAX_BODY",
-        [LENGTH % 5 + b"12345"],
-    ),
-]
-
-# (reason, script, answer): MAX_BODY is 4
-LIMITED = [
-    ("length 4", [LENGTH % 4 + b"1234"], 1234),
-    ("length 5", [LENGTH % 5 + b"12345"], None),
-    ("4 in chunks", [CHUNKED + b"2\r\n12\r\n2\r\n34\r\n" + LAST], 1234),
-    ("5 in chunks", [CHUNKED + b"2\r\n12\r\n3\r\n345\r\n" + LAST], None),
-    ("endless, length", then(LENGTH % 2**70, b"1" * 65536), None),
-    ("endless, chunks", then(CHUNKED, b"9\r\n123456789\r\n"), None),
-    ("endless chunk", then(CHUNKED + b"%x\r\n" % 2**70, b"1" * 65536), None),
-    ("endless chunk, -1", then(CHUNKED + b"-1\r\n", b"1" * 65536), None),
-]
-
-# (reason, script, answer, the next request's connection)
-WHOLE = [
-    ("length", [TWO], {}, 1),
-    ("in pieces", [TWO[:20], 0.01, TWO[20:-1], 0.01, TWO[-1:]], {}, 1),
-    ("odd case", [b"HTTP/1.1 200 \r\ncOnTeNt-lEnGtH:2\r\n\r\n{}"], {}, 1),
-    ("202, empty", [(LENGTH % 0).replace(b"200", b"202")], None, 1),
-    ("204", [NO_CONTENT + b"\r\n"], None, 1),
-    ("chunks", [CHUNKED + b"1\r\n{\r\n01\r\n}\r\n" + LAST], {}, 1),
-    ("extension", [CHUNKED + b"2;a=b\r\n{}\r\n" + LAST], {}, 1),
-    ("trailer", [CHUNKED + b"2\r\n{}\r\n0\r\nA: b\r\n\r\n"], {}, 1),
-    ("100 Continue", [CONTINUE, 0.01, TWO], {}, 1),
-    ("HTTP/1.0", [TWO.replace(b"1.1", b"1.0")], {}, 2),
-    ("Connection: close", [HEAD + b"Connection: close\r\n" + REST], {}, 2),
-    ("with surplus", [TWO + b" "], {}, 1),
-    ("with an answer", [TWO + TWO], {}, 1),
-    ("with much surplus", [TWO + b" " * 10000], {}, 2),
-    ("surplus in its TLS record", [BLOCK + b" "], {}, 2),
-    ("chunks with surplus", [CHUNKED + LAST + b" "], None, 1),
-    ("204 with surplus", [NO_CONTENT + b"\r\n{}"], None, 1),
-]
-
-# (reason, what the server does once its answer was taken)
-SPOILT = [
-    ("closed", [close]),
-    ("reset", [reset]),
-    ("half closed", [shut]),
-    ("surplus", [b" "]),
-    ("an answer too many", [TWO]),
-]
-
-CHILD = """
-import bpx, os, sys, threading, time
-def ask(*urls):
-    for url in urls or sys.argv[1:]:
-        n = time.perf_counter_ns()
-        try:
-            answer = bpx.get("/api/v1/ping", {"n": n}, base_url=url, timeout=5)
-            print(answer[0] if answer[1].endswith(str(n)) else answer)
-        except bpx.BPXError as error:
-            print(type(error).__name__)
-    sys.stdout.flush()
+# For localhost only, its own authority, until 2120. The key is for tests.
+PEM = """\
+-----BEGIN PRIVATE KEY-----
+MIGHAgEAMBMGByqGSM49AgEGCCqGSM49AwEHBG0wawIBAQQg5lqaAY+ycNKSSrZr
+8TDSVnRTK07eT+9XddHRaKzvHsyhRANCAAS8kh+uZSAmIzM40gBlNpTQtLohFJ9s
+6AImScaMjti5AT04hYMbFnZ/MXWirhBG2dvfkFC7gVSplpOif3ZDDdwx
+-----END PRIVATE KEY-----
+-----BEGIN CERTIFICATE-----
+MIIBkjCCATigAwIBAgIBATAKBggqhkjOPQQDAjAUMRIwEAYDVQQDDAlsb2NhbGhv
+c3QwIBcNMjAwMTAxMDAwMDAwWhgPMjEyMDAxMDEwMDAwMDBaMBQxEjAQBgNVBAMM
+CWxvY2FsaG9zdDBZMBMGByqGSM49AgEGCCqGSM49AwEHA0IABLySH65lICYjMzjS
+AGU2lNC0uiEUn2zoAiZJxoyO2LkBPTiFgxsWdn8xdaKuEEbZ29+QULuBVKmWk6J/
+dkMN3DGjeTB3MA8GA1UdEwEB/wQFMAMBAf8wDgYDVR0PAQH/BAQDAgKEMB0GA1Ud
+DgQWBBTDsQO3HiD+Uu8c1uzp/t8iDTJyrDAfBgNVHSMEGDAWgBTDsQO3HiD+Uu8c
+1uzp/t8iDTJyrDAUBgNVHREEDTALgglsb2NhbGhvc3QwCgYIKoZIzj0EAwIDSAAw
+RQIgXClWVA5U9PMfyc+jyfIEpkC2nUSYeoTMglg3ag0UU+4CIQDH1RVScza8Vuh6
+urLkWqEH5wlIPtjUKdzoOlJSso9Fng==
+-----END CERTIFICATE-----
 """
-LOST = "'http://127.0.0.1:1', 'https://127.0.0.1:1'"
-THREAD = "t = threading.Thread(target=ask); t.start(); t.join()"
-FORK = "child = os.fork(); child and os.waitpid(child, 0)"
-# (reason, first script, what the child does, connections or errors)
-CHILDREN = [
-    ("end", [], "ask(); ask()", ["1"] * 4),
-    ("end of a thread", [], f"{THREAD}; ask()", ["1", "1", "2", "2"]),
-    ("fork", [], f"ask(); {FORK}; ask()", ["1", "1", "2", "2", "1", "1"]),
-    ("not sent", [], f"ask({LOST}); ask()", ["NotSentError"] * 2 + ["1"] * 2),
-    ("closed", [[close]], "ask()", ["UnknownOutcomeError"] * 2),
-]
+FOLDER = tempfile.TemporaryDirectory()
+PEM_FILE = os.path.join(FOLDER.name, "localhost.pem")
+SERVER_CONTEXT = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
 
 
-class Transport(unittest.TestCase):
+def setUpModule():
+    pathlib.Path(PEM_FILE).write_text(PEM)
+    SERVER_CONTEXT.load_cert_chain(PEM_FILE)
+
+
+def tearDownModule():
+    FOLDER.cleanup()
+
+
+# --- What the tests share ---
+
+
+def signed_text(seen, instruction):
+    """The canonical string, by the documentation, of what was on the wire."""
+    orders = seen.body if isinstance(seen.body, list) else [seen.body or {}]
+    parts = []
+    for order in orders:
+        pairs = list(seen.pairs)
+        for name, value in order.items():
+            for item in value if isinstance(value, list) else [value]:
+                if isinstance(item, bool):
+                    item = str(item).lower()
+                elif isinstance(item, dict):
+                    item = json.dumps(
+                        item,
+                        ensure_ascii=False,
+                        separators=(",", ":"),
+                        sort_keys=True,
+                    )
+                pairs.append((name, item))
+        pairs.sort(key=lambda pair: pair[0])
+        parts += [
+            "%s=%s" % pair for pair in [("instruction", instruction)] + pairs
+        ]
+    times = seen.headers["X-Timestamp"], seen.headers["X-Window"]
+    return "&".join(parts) + "&timestamp=%s&window=%s" % times
+
+
+def verify(seen, instruction):
+    """Raise unless the signature on the wire is of now and of what is there."""
+    age = time.time() * 1000 - int(seen.headers["X-Timestamp"])
+    if not -1000 < age < 60000:
+        raise ValueError("expired")
+    key = nacl.signing.VerifyKey(base64.b64decode(seen.headers["X-API-Key"]))
+    key.verify(
+        signed_text(seen, instruction).encode(),
+        base64.b64decode(seen.headers["X-Signature"]),
+    )
+
+
+def all_texts(error):
+    """All that a log could show of an error, and of those behind it."""
+    texts, chain = [], [error]
+    while chain:
+        error = chain.pop()
+        texts += traceback.format_exception(type(error), error, None)
+        texts += traceback.format_tb(error.__traceback__)
+        texts += [repr(error), repr(vars(error)), repr(error.args)]
+        chain += filter(None, [error.__cause__, error.__context__])
+    return "".join(texts)
+
+
+class SecretsCase(unittest.TestCase):
+    def assert_no_secret(self, error, *secrets):
+        shown = all_texts(error)
+        for secret in (GUIDE_KEY, "PASSWORD", *secrets):
+            if isinstance(secret, str) and secret:
+                self.assertNotIn(secret, shown)
+                self.assertNotIn(secret[2:30] or secret, shown)
+
+
+class ExchangeCase(SecretsCase):
+    @classmethod
+    def setUpClass(cls):
+        stack = contextlib.ExitStack()
+        cls.addClassCleanup(stack.close)
+        cls.exchange = stack.enter_context(FakeExchange())
+
     def setUp(self):
-        none = {"https_proxy": "", "http_proxy": "", "no_proxy": ""}
-        none["PYTHONMALLOC"] = "default"  # else -X dev breaks 3.8's own fork
-        environ = mock.patch.dict(os.environ, none)
-        environ.start()
-        self.addCleanup(environ.stop)
-        self.trust(PEM_FILE)
-        handler = signal.signal(signal.SIGINT, signal.default_int_handler)
-        self.addCleanup(signal.signal, signal.SIGINT, handler)
-        catch = warnings.catch_warnings(record=True)
-        self.warnings = catch.__enter__()
-        self.addCleanup(catch.__exit__)
-        warnings.simplefilter("always")
+        self.exchange.seen.clear()
+        self.exchange.answer = (200, {}, b"{}")
 
-    def tearDown(self):
-        gc.collect()
-        self.assertEqual([str(each.message) for each in self.warnings], [])
+    def send(self, method, path, params=None, **options):
+        """Return what a call returns and what the exchange has seen of it."""
+        options.setdefault("base_url", self.exchange.url)
+        result = bpx.request(method, path, params, **options)
+        self.assertEqual(len(self.exchange.seen), 1)
+        return result, self.exchange.seen.pop()
 
-    def trust(self, file):
-        os.environ["SSL_CERT_FILE"] = file
-        bpx._tls_context.cache_clear()  # made from it, when needed
+    def refused(self, **options):
+        """Return the error of a call that sends nothing."""
+        with self.assertRaises((TypeError, ValueError)) as caught:
+            bpx.request(**options)
+        self.assertEqual(self.exchange.seen, [])
+        return caught.exception
 
-    def ask(self, url):
-        """The connection on which a request was answered by its own echo."""
-        n, path = next(NUMBERS), "/api/v1/ping"
-        answer = bpx.get(path, {"n": n}, base_url=url, timeout=5)
-        self.assertEqual(answer[1:], [f"{path}?n={n}"])
-        return answer[0]
 
-    def order(self, url, timeout=5):
-        order, options = {"clientId": 7}, {
-            "base_url": url,
-            "secret_key": GUIDE,
-        }
-        return bpx.post("/api/v1/order", order, timeout=timeout, **options)
+class Changing(Mapping):
+    """A mapping with another value each time it is read."""
 
-    def fails(self, error, url, timeout, within):
-        began = time.monotonic()
-        with self.assertRaises(error):
-            self.order(url, timeout)
-        self.assertLess(time.monotonic() - began, within)
+    def __init__(self):
+        self.numbers = itertools.count(1)
 
-    def interrupted(self, url, server):
-        try:
-            self.order(url)
-            self.fail("not interrupted")
-        except KeyboardInterrupt:  # which keeps all that is left open
-            server.threads[1].join(1)  # of the server's first connection
-            self.assertFalse(server.threads[1].is_alive(), "not closed")
+    def __iter__(self):
+        return iter(["clientId"])
 
-    def test_not_sent(self):
-        for reason, url, *file in NOT_SENT:
-            with self.subTest(reason), Server() as plain, TLSServer() as tls:
-                self.trust(*file or [PEM_FILE])
-                url = url.format(plain=plain.port, tls=tls.port)
-                self.fails(bpx.NotSentError, url, 0.2, 0.7)
-                self.assertEqual(plain.seen + tls.seen, [])
-                self.trust(PEM_FILE)
-                self.ask(tls.url)
+    def __len__(self):
+        return 1
 
-    def test_not_sent_by_proxy(self):
-        for reason, url, script in NO_TUNNEL:
-            with self.subTest(reason), Server(script) as via:
-                with TLSServer() as tls:
-                    os.environ["https_proxy"] = url.format(via.url)
-                    self.fails(bpx.NotSentError, tls.url, 0.2, 0.7)
-                    self.assertEqual(len(via.seen), url == "{}")
-                    self.assertEqual(tls.seen, [])
-                    os.environ["https_proxy"] = ""
-                    self.assertEqual(self.ask(tls.url), 1)
+    def __getitem__(self, name):
+        return next(self.numbers)
 
-    def test_broken_answers(self):
-        for kind, (reason, script) in product(BOTH, BROKEN):
-            with self.subTest(reason, kind=kind), kind(script) as server:
-                self.fails(bpx.UnknownOutcomeError, server.url, 5, 1)
-                self.assertEqual(len(server.seen), 1)
-                self.assertEqual(self.ask(server.url), 2)
 
-    def test_late_answers(self):
-        for reason, script in LATE:
-            with self.subTest(reason), Server([TWO], script) as server:
-                self.assertEqual(self.order(server.url), {})
-                self.fails(bpx.UnknownOutcomeError, server.url, 0.2, 0.7)
-                self.assertEqual(len(server.seen), 2)
-                self.assertEqual(self.ask(server.url), 2)
+class Growing(Mapping):
+    """A mapping that changes another one while it is read."""
 
-    def test_max_body(self):
-        for reason, script, answer in LIMITED:
-            with self.subTest(reason), Server(script) as server:
-                with mock.patch.object(bpx, "MAX_BODY", 4):
-                    if answer:
-                        self.assertEqual(self.order(server.url), answer)
-                    else:
-                        self.fails(bpx.UnknownOutcomeError, server.url, 2, 1)
-                self.assertEqual(len(server.seen), 1)
-                self.assertEqual(self.ask(server.url), 1 if answer else 2)
+    def __init__(self, other):
+        self.other = other
 
-    def test_whole_answers(self):
-        for kind, row in product(BOTH, WHOLE):
-            reason, script, answer, connection = row
-            with self.subTest(reason, kind=kind), kind(script) as server:
-                self.assertEqual(self.order(server.url), answer)
-                server.played.acquire(timeout=5)
-                self.assertEqual(len(server.seen), 1)
-                self.assertEqual(self.ask(server.url), connection)
-                self.assertEqual(self.ask(server.url), connection)
+    def __iter__(self):
+        self.other[len(self.other)] = "new"
+        return iter([])
 
-    def test_spoilt_connections(self):
-        for kind, (reason, steps) in product(BOTH, SPOILT):
-            taken = threading.Event()
-            script = [TWO, lambda sock: taken.wait(5), *steps]
-            with self.subTest(reason, kind=kind), kind(script) as server:
-                self.assertEqual(self.order(server.url), {})
-                taken.set()
-                server.played.acquire(timeout=5)
-                self.assertEqual(self.ask(server.url), 2)
+    def __len__(self):
+        return 0
 
-    def test_restarted_server(self):
-        for kind in BOTH:
-            with self.subTest(kind):
-                with kind() as server:
-                    self.assertEqual(self.ask(server.url), 1)
-                with kind(port=server.port) as server:
-                    self.assertEqual(self.ask(server.url), 1)
+    def __getitem__(self, name):
+        raise KeyError(name)
 
-    def test_max_idle(self):
-        with mock.patch.object(bpx, "MAX_IDLE", 0.1), Server() as server:
-            self.assertEqual(self.ask(server.url), 1)
-            self.assertEqual(self.ask(server.url), 1)
-            time.sleep(0.11)
-            self.assertEqual(self.ask(server.url), 2)
 
-    def test_a_connection_for_each_host(self):
-        with Server() as one, Server() as two, TLSServer() as tls:
-            for server in (one, two, tls) * 2:
-                self.assertEqual(self.ask(server.url), 1)
-            self.assertEqual(self.ask(f"http://127.0.0.1:{one.port}"), 2)
-            self.fails(bpx.NotSentError, f"https{one.url[4:]}", 0.2, 0.7)
-            self.assertEqual(self.ask(one.url), 1)
+# --- 1 to 3: signing and building, which need no server ---
 
-    def test_a_connection_for_each_thread(self):
-        for kind in BOTH:
-            with self.subTest(kind), kind() as server:
-                with ThreadPoolExecutor(8) as pool:
-                    used = set(pool.map(self.ask, [server.url] * 80))
-                self.assertEqual(len(server.seen), 80)
-                self.assertLessEqual(used, set(range(1, 9)))
 
-    def test_interrupts(self):
-        scripts = [interrupt], [interrupt, 0.05, TWO], [HEAD, interrupt]
-        for kind, script in product(BOTH, scripts):
-            with self.subTest(script, kind=kind), kind(script) as server:
-                self.interrupted(server.url, server)
-                self.assertEqual(len(server.seen), 1)
-                self.assertEqual(self.ask(server.url), 2)
+class CanonicalString(unittest.TestCase):
+    def test_vectors(self):
+        for name, _, instruction, params, *times, text, _ in VECTORS:
+            with self.subTest(name):
+                found = bpx.canonical_string(instruction, params, *times)
+                self.assertEqual(found, text)
 
-    def test_proxy(self):
-        with TLSServer() as tls:
-            with Server([HEAD + b"\r\n", relay(tls.port)]) as proxy:
-                url = f"http://me:p%40ss@localhost:{proxy.port}"
-                os.environ["https_proxy"] = url
-                self.assertEqual(self.ask(tls.url), 1)
-                self.order(tls.url)
-                (line, headers), *more = proxy.seen
-                self.assertRegex(line, f"^CONNECT localhost:{tls.port} HTTP")
-                credentials = headers["Proxy-Authorization"]
-                self.assertEqual(credentials, "Basic bWU6cEBzcw==")
-                names = {name.lower() for name in headers}
-                self.assertLessEqual(names, {"host", "proxy-authorization"})
-                self.assertEqual(more, [])
-                self.assertEqual(len(tls.seen), 2)
-                for line, headers in tls.seen:
-                    self.assertEqual(headers["Host"], f"localhost:{tls.port}")
-                    self.assertNotIn("Proxy-Authorization", headers)
+    def test_values(self):
+        for value, texts, _ in VALUES:
+            with self.subTest(repr(value)):
+                found = bpx.canonical_string("a", {"n": value, "z": "1"}, 5)
+                pairs = "".join("&n=" + text for text in texts)
+                expected = f"instruction=a{pairs}&z=1&timestamp=5&window=5000"
+                self.assertEqual(found, expected)
+                self.assertIs(type(found), str)
 
-    def test_debugging(self):
-        with mock.patch("http.client.HTTPConnection.debuglevel", 1):
-            with Server() as server:
-                with contextlib.redirect_stdout(io.StringIO()):
-                    self.assertEqual(self.ask(server.url), 1)
+    def test_unset_values(self):
+        for value in UNSET:
+            for params in ({"n": value}, {"n": [value]}):
+                found = bpx.canonical_string("a", params, 0, 1)
+                self.assertEqual(found, "instruction=a&timestamp=0&window=1")
 
-    def test_one_timeout_for_all_of_an_answer(self):
-        with Server([HEAD, 0.4, b"A: b\r\n", 1]) as server:
-            self.fails(bpx.UnknownOutcomeError, server.url, 0.5, 0.8)
+    def test_objects(self):
+        for value, text, _ in OBJECTS:
+            with self.subTest(text):
+                found = bpx.canonical_string("a", {"n": value}, 5, 60000)
+                expected = f"instruction=a&n={text}&timestamp=5&window=60000"
+                self.assertEqual(found, expected)
 
-    def test_a_timeout_between_two_reads(self):
-        for step in 0.5, 100:
-            clock = mock.patch("time.monotonic", side_effect=count(0, step))
-            with self.subTest(step), Server() as server, clock:
-                text = r"\APOST /api/v1/order: TimeoutError: timed out\Z"
-                with self.assertRaisesRegex(bpx.UnknownOutcomeError, text):
-                    self.order(server.url, 0.5)
+    def test_what_is_a_mapping_and_what_a_batch(self):
+        pair = {"c": 2, "b": 1}
+        for params in (pair, types.MappingProxyType(pair)):
+            found = bpx.canonical_string("a", params, 5)
+            expected = "instruction=a&b=1&c=2&timestamp=5&window=5000"
+            self.assertEqual(found, expected)
+        for params in ([pair, {}], (pair, types.MappingProxyType({}))):
+            found = bpx.canonical_string("a", params, 5)
+            expected = (
+                "instruction=a&b=1&c=2&instruction=a&timestamp=5&window=5000"
+            )
+            self.assertEqual(found, expected)
 
-    def test_what_the_errors_say(self):
-        for text, script in SAID:
-            with self.subTest(text), Server(script) as server:
-                with mock.patch.object(bpx, "MAX_BODY", 4):
-                    with self.assertRaises(bpx.UnknownOutcomeError) as caught:
-                        self.order(server.url, 0.2)
-                self.assertRegex(
-                    str(caught.exception), rf"\APOST /api/v1/order: {text}\Z"
+    def test_names_are_characters(self):
+        params = {LyingStr("b"): "1", Market.SPOT: "2", "é": "3"}
+        found = bpx.canonical_string(Market.SPOT, params, 5)
+        expected = "instruction=SPOT&SPOT=2&b=1&é=3&timestamp=5&window=5000"
+        self.assertEqual(found, expected)
+
+    def test_reserved_names_are_names_like_others(self):
+        params = {"window": "1", "timestamp": "2", "instruction": "3"}
+        self.assertEqual(
+            bpx.canonical_string("a", params, 5),
+            "instruction=a&instruction=3&timestamp=2&window=1"
+            "&timestamp=5&window=5000",
+        )
+
+    def test_params_are_not_changed(self):
+        params = {"b": None, "a": [Side.BID, None], "c": {"d": None}}
+        before = repr(params)
+        bpx.canonical_string("a", params, 5)
+        self.assertEqual(repr(params), before)
+
+    def test_bad_arguments(self):
+        for params, message in BAD_PARAMS:
+            with self.subTest(message):
+                with self.assertRaises((TypeError, ValueError)) as caught:
+                    bpx.canonical_string("a", params, 5)
+                self.assertEqual(str(caught.exception), message)
+        for options, message in BAD_TIMES:
+            with self.subTest(message, options=options):
+                options = {"instruction": "a", "timestamp": 5, **options}
+                with self.assertRaises(ValueError) as caught:
+                    bpx.canonical_string(params=None, **options)
+                self.assertEqual(str(caught.exception), message)
+
+    def test_params_that_change_meanwhile(self):
+        params = {}
+        params["a"] = Growing(params)
+        params["b"] = "c"
+        message = "^params: pass a copy, because dictionary changed size "
+        with self.assertRaisesRegex(ValueError, message):
+            bpx.canonical_string("a", params, 5)
+
+    def test_memory_errors_are_not_swallowed(self):
+        with mock.patch.object(Changing, "__iter__", side_effect=MemoryError):
+            with self.assertRaises(MemoryError):
+                bpx.canonical_string("a", Changing(), 5)
+
+
+class SignRequest(SecretsCase):
+    def test_ed25519_of_the_library(self):
+        # RFC 8032, section 7.1, TEST 1
+        seed = (
+            "9d61b19deffd5a60ba844af492ec2cc44449c5697b326919703bac031cae7f60"
+        )
+        key = nacl.signing.SigningKey(bytes.fromhex(seed))
+        self.assertEqual(
+            bytes(key.verify_key).hex(),
+            "d75a980182b10ab7d54bfed3c964073a0ee172f3daa62325af021a68f707511a",
+        )
+        self.assertEqual(
+            key.sign(b"").signature.hex(),
+            "e5564300c360ac729086e2cc806e828a84877f1eb8e5d974d873e06522490155"
+            "5fb8821590a33bacc61e39701cf9b46bd25bf5f0595bbe24655141438e7a100b",
+        )
+
+    def test_vectors(self):
+        for name, key, instruction, params, stamp, window, _, sign in VECTORS:
+            with self.subTest(name):
+                self.assertEqual(
+                    bpx.sign_request(
+                        instruction,
+                        params,
+                        key,
+                        timestamp=stamp,
+                        window=window,
+                    ),
+                    {
+                        "X-API-Key": API_KEYS[key],
+                        "X-Signature": sign,
+                        "X-Timestamp": str(stamp),
+                        "X-Window": str(window),
+                    },
                 )
 
-    def test_certificates_are_loaded_once(self):
-        make = ssl.create_default_context
-        with mock.patch("ssl.create_default_context", wraps=make) as made:
-            with TLSServer([HEAD + b"Connection: close\r\n" + REST]) as server:
-                self.order(server.url)
-                self.assertEqual(self.ask(server.url), 2)
-        self.assertEqual(made.call_count, 1)
+    def test_now_by_default(self):
+        before = time.time_ns() // 1000000
+        headers = bpx.sign_request("accountQuery", None, GUIDE_KEY)
+        after = time.time_ns() // 1000000
+        self.assertLessEqual(before, int(headers["X-Timestamp"]))
+        self.assertLessEqual(int(headers["X-Timestamp"]), after)
+        self.assertEqual(headers["X-Window"], "5000")
+        headers = bpx.sign_request("a", None, GUIDE_KEY, timestamp=0)
+        self.assertEqual(headers["X-Timestamp"], "0")
 
-    def test_no_proxy(self):
-        for kind, no_proxy in zip(BOTH, ("", "localhost")):
-            with self.subTest(kind), kind() as server, Server() as proxy:
-                url = {"http_proxy": proxy.url, "https_proxy": proxy.url}
-                os.environ.update(url, no_proxy=no_proxy)
-                self.assertEqual(self.ask(server.url), 1)
-                self.assertEqual(proxy.seen, [])
+    def test_white_space_around_a_key(self):
+        expected = bpx.sign_request("a", None, GUIDE_KEY, timestamp=5)
+        for key in (f"{GUIDE_KEY}\n", f"\t {GUIDE_KEY}\r\n"):
+            found = bpx.sign_request("a", None, key, timestamp=5)
+            self.assertEqual(found, expected)
+        found = bpx.sign_request("a", None, LyingStr(GUIDE_KEY), timestamp=5)
+        self.assertEqual(found, expected)
 
-    def test_redirects(self):
-        for status in 301, 302, 303, 307, 308:
-            with self.subTest(status), Server() as other:
-                head = f"HTTP/1.1 {status} Moved\r\nLocation: {other.url}/\r\n"
-                with Server([head.encode() + REST]) as server:
-                    with self.assertRaises(bpx.APIError) as caught:
-                        self.order(server.url)
-                    self.assertEqual(caught.exception.status, status)
-                    location = caught.exception.headers["Location"]
-                    self.assertEqual(location, other.url + "/")
-                    self.assertEqual(self.ask(server.url), 1)
-                self.assertEqual(other.seen, [])
+    def test_bad_arguments(self):
+        rows = [({"params": params}, text) for params, text in BAD_PARAMS]
+        rows += BAD_TIMES
+        rows += [({"secret_key": key}, message) for key, message in BAD_KEYS]
+        rows += [
+            ({"secret_key": None}, "secret_key: pass a str, not NoneType")
+        ]
+        defaults = {"instruction": "a", "params": None}
+        for options, message in rows:
+            with self.subTest(message, options=repr(options)[:60]):
+                options = {**defaults, "secret_key": GUIDE_KEY, **options}
+                if options.get("timestamp", 0) is None:
+                    continue
+                with self.assertRaises((TypeError, ValueError)) as caught:
+                    bpx.sign_request(**options)
+                self.assertEqual(str(caught.exception), message)
+                self.assert_no_secret(caught.exception, options["secret_key"])
 
-    def test_child_interpreters(self):
-        python = [sys.executable, "-W", "error", "-X", "dev", "-c"]
-        options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-        options["cwd"] = os.path.dirname(os.path.abspath(bpx.__file__))
-        for reason, scripts, code, printed in CHILDREN:
-            with self.subTest(reason), Server(*scripts) as plain:
-                with TLSServer(*scripts) as tls:
-                    call = [*python, CHILD + code, plain.url, tls.url]
-                    child = subprocess.run(call, timeout=20, **options)
-                self.assertEqual(child.stderr.decode(), "")
-                self.assertEqual(child.stdout.decode().split(), printed)
+    def test_a_key_is_loaded_once(self):
+        key = base64.b64encode(bytes(range(32))).decode()
+        load = nacl.signing.SigningKey
+        with mock.patch("nacl.signing.SigningKey", wraps=load) as loaded:
+            for _ in range(3):
+                bpx.sign_request("accountQuery", None, key)
+        self.assertEqual(loaded.call_count, 1)
+
+    def test_without_pynacl(self):
+        key = base64.b64encode(bytes(32)).decode()
+        with mock.patch.dict(sys.modules, {"nacl.signing": None}):
+            text = r"\Ato sign requests, pip install PyNaCl\Z"
+            with self.assertRaisesRegex(ImportError, text):
+                bpx.sign_request("accountQuery", None, key)
+        bpx.sign_request("accountQuery", None, key)
 
 
-# (body of an answer, what is returned)
-ANSWERS = [
+class BuildRequest(unittest.TestCase):
+    ORDER = {
+        "method": "POST",
+        "path": "/api/v1/order",
+        "secret_key": GUIDE_KEY,
+    }
+
+    def test_get(self):
+        built = bpx.build_request(
+            "get",
+            "/wapi/v1/history/fills",
+            {"symbol": "a b/+&%é", "marketType": ["SPOT", "PERP"], "to": 1},
+            secret_key=GUIDE_KEY,
+            timestamp=5,
+            window=6,
+        )
+        self.assertEqual(built.get_method(), "GET")
+        self.assertEqual(
+            built.full_url,
+            "https://api.backpack.exchange/wapi/v1/history/fills"
+            "?marketType=SPOT&marketType=PERP"
+            "&symbol=a%20b%2F%2B%26%25%C3%A9&to=1",
+        )
+        self.assertIsNone(built.data)
+        self.assertEqual(
+            [name for name, _ in built.header_items()],
+            ["User-agent", "X-api-key", "X-signature"]
+            + ["X-timestamp", "X-window"],
+        )
+        self.assertEqual(built.get_header("X-timestamp"), "5")
+        self.assertEqual(built.get_header("X-window"), "6")
+
+    def test_post(self):
+        params = {"symbol": "é", "price": D("1E1"), "a": None}
+        built = bpx.build_request(params=params, **self.ORDER)
+        self.assertEqual(built.get_method(), "POST")
+        url = "https://api.backpack.exchange/api/v1/order"
+        self.assertEqual(built.full_url, url)
+        self.assertEqual(built.data, '{"price":"10","symbol":"é"}'.encode())
+        kind = "application/json; charset=utf-8"
+        self.assertEqual(built.get_header("Content-type"), kind)
+        self.assertEqual(list(params), ["symbol", "price", "a"])
+
+    def test_no_params(self):
+        for params in (None, {}, {"a": None}, {"a": []}):
+            built = bpx.build_request("GET", "/api/v1/time", params)
+            self.assertEqual(built.selector, "/api/v1/time")
+        for params in (None, {}, {"a": None}):
+            built = bpx.build_request("PATCH", "/api/v1/time", params)
+            self.assertEqual(built.data, b"{}")
+
+    def test_base_urls(self):
+        for base_url, url in [
+            ("https://a.example", "https://a.example/p"),
+            ("https://a.example/", "https://a.example/p"),
+            ("https://a.example/X", "https://a.example/X/p"),
+            ("https://a-1.b:8443/x/y_z.~", "https://a-1.b:8443/x/y_z.~/p"),
+            ("https://[2001:db8::1]:8443", "https://[2001:db8::1]:8443/p"),
+            ("https://a.example:1", "https://a.example:1/p"),
+            ("https://a.example:65535/", "https://a.example:65535/p"),
+            ("http://localhost:1", "http://localhost:1/p"),
+            ("http://127.0.0.1:1/", "http://127.0.0.1:1/p"),
+            ("http://[::1]:1", "http://[::1]:1/p"),
+            (LyingStr("https://a.example"), "https://a.example/p"),
+        ]:
+            with self.subTest(base_url):
+                built = bpx.build_request("GET", "/p", base_url=base_url)
+                self.assertEqual(built.full_url, url)
+
+    def test_paths(self):
+        for path in ("/", "/a/b_c.d~e-f%20G0", "/a//b", LyingStr("/a")):
+            with self.subTest(path):
+                built = bpx.build_request("GET", path)
+                self.assertEqual(built.selector, "".join([path]))
+
+    def test_every_character_at_every_place(self):
+        for argument, template, accepted in CHARACTERS:
+            for character in map(chr, range(128)):
+                with self.subTest(argument, value=template.format(character)):
+                    value = template.format(character)
+                    options = {"method": "GET", "path": "/p"}
+                    if argument == "header name":
+                        options["headers"] = {value: "a"}
+                    elif argument == "header value":
+                        options["headers"] = {"X-A": value}
+                    else:
+                        options[argument] = value
+                    if template == "https://[::{}]" and character in ":.":
+                        continue  # Newer Pythons check the address.
+                    if character in accepted:
+                        bpx.build_request(**options)
+                    else:
+                        with self.assertRaises(ValueError):
+                            bpx.build_request(**options)
+
+    def test_the_instruction_of_the_caller_wins(self):
+        for path in ("/api/v1/order", "/api/v1/new"):
+            built = bpx.build_request(
+                "GET",
+                path,
+                instruction="other",
+                secret_key=GUIDE_KEY,
+                timestamp=5,
+            )
+            signed = bpx.sign_request("other", None, GUIDE_KEY, timestamp=5)
+            found = built.get_header("X-signature")
+            self.assertEqual(found, signed["X-Signature"])
+
+    def test_headers(self):
+        headers = {"X-Extra": LyingStr("~ !"), LyingStr("user-agent"): "mine"}
+        built = bpx.build_request(headers=headers, **self.ORDER)
+        self.assertEqual(built.get_header("X-extra").encode(), b"~ !")
+        self.assertEqual(built.get_header("User-agent"), "mine")
+        self.assertEqual(built.get_header("X-window"), "5000")
+        built = bpx.build_request("GET", "/")
+        expected = [("User-agent", "bpx.py/" + bpx.__version__)]
+        self.assertEqual(built.header_items(), expected)
+
+    def test_instructions(self):
+        rows = [line.split() for line in OPERATIONS.splitlines()]
+        for method, path, instruction in rows:
+            with self.subTest(f"{method} {path}"):
+                found = bpx.INSTRUCTIONS.get(f"{method} {path}")
+                self.assertEqual(found, instruction)
+        expected = [f"{method} {path}" for method, path, _ in rows]
+        self.assertEqual(list(bpx.INSTRUCTIONS), expected)
+
+
+# --- 4 and 5: what a call sends and returns ---
+
+# Body of a response, what is returned.
+BODIES = [
     (b"", None),
     (b"{}", {}),
     (
@@ -1735,64 +1292,264 @@ ANSWERS = [
     (b"[" * 100000, "[" * 100000),
     (b"9" * 5000 + b"x", "9" * 5000 + "x"),
 ]
-# (body of an answer, code, message, str)
-REFUSALS = [
+# Body of a response with status 400, code, message, text of the error.
+ERRORS = [
     (
         b'{"code": "INVALID_SIGNATURE", "message": "Invalid\\n signature"}',
         ("INVALID_SIGNATURE", "Invalid\n signature"),
         "400 INVALID_SIGNATURE Invalid signature",
     ),
     (b'{"message": "no"}', (None, "no"), "400 no"),
-    (b'{"code": 5}', (5, None), "400 5"),
+    (b'{"code": 5, "message": 0.5}', (5, 0.5), "400 5 0.5"),
     (b'{"code": {"a": []}, "message": [1]}', ({"a": []}, [1]), "400"),
+    (b'{"code": null, "message": null}', (None, None), "400"),
     (b"", (None, None), "400"),
     (b"[1]", (None, [1]), "400"),
     (b"null", (None, None), "400"),
     (b"<h1>Bad\nGateway", (None, "<h1>Bad\nGateway"), "400 <h1>Bad Gateway"),
+    (b"a\x1b[31m\x00\xc2\x9b\xe2\x80\xaeb", None, "400 a [31m b"),
     (b"x" * 999, (None, "x" * 999), "400 " + "x" * 278),
+    (
+        b'{"message": ' + b"[" * 150 + b"]" * 150 + b"}",
+        None,
+        "400",
+    ),
 ]
+# What inspect shows of the parameters of the public functions.
+OPTIONS = "secret_key=None instruction=None timestamp=None window=5000"
+REST = f"{OPTIONS} base_url={bpx.BASE_URL} headers=None"
+SIGNATURES = {
+    "canonical_string": "instruction params timestamp window=5000",
+    "sign_request": (
+        "instruction params secret_key * timestamp=None window=5000"
+    ),
+    "build_request": f"method path params=None * {REST}",
+    "send": "request * timeout=10.0",
+    "request": f"method path params=None * {REST} timeout=10.0",
+    "get": "path params=None **options",
+    "post": "path params=None **options",
+    "delete": "path params=None **options",
+    "patch": "path params=None **options",
+    "main": "argv=None",
+}
+CONSTANTS = {
+    "BASE_URL": "https://api.backpack.exchange",
+    "DEFAULT_WINDOW": 5000,
+    "MAX_WINDOW": 60000,
+    "DEFAULT_TIMEOUT": 10.0,
+    "MAX_IDLE": 15.0,
+    "MAX_BODY": 16777216,
+}
 
 
 class Calls(ExchangeCase):
-    def test_answers(self):
-        for body, expected in ANSWERS:
+    def test_public_names(self):
+        names = [*CONSTANTS, *SIGNATURES, "INSTRUCTIONS", "Response"]
+        names += ["BPXError", "APIError", "NotSentError"]
+        names += ["UnknownOutcomeError"]
+        self.assertEqual(sorted(bpx.__all__), sorted(names))
+        for name in names:
+            self.assertTrue(hasattr(bpx, name), name)
+        for name, value in CONSTANTS.items():
+            self.assertEqual(getattr(bpx, name), value, name)
+
+    def test_public_signatures(self):
+        for name, expected in SIGNATURES.items():
+            shown, star = [], False
+            parameters = inspect.signature(getattr(bpx, name)).parameters
+            for each in parameters.values():
+                if each.kind is each.KEYWORD_ONLY and not star:
+                    star = True
+                    shown.append("*")
+                text = "**" * (each.kind is each.VAR_KEYWORD) + each.name
+                if each.default is not each.empty:
+                    text += f"={each.default}"
+                shown.append(text)
+            self.assertEqual(" ".join(shown), expected, name)
+            self.assertTrue(getattr(bpx, name).__doc__, name)
+
+    def test_every_signed_operation(self):
+        for line in OPERATIONS.splitlines():
+            method, path, instruction = line.split()
+            with self.subTest(line):
+                params = {"symbol": "SOL_USDC", "b": True, "e": Side.BID}
+                if line.startswith("POST /api/v1/orders "):
+                    params = [params, {**params, "n": 5}]
+                options = {
+                    "secret_key": GUIDE_KEY,
+                    "base_url": self.exchange.url,
+                }
+                getattr(bpx, method.lower())(path, params, **options)
+                seen = self.exchange.seen.pop()
+                self.assertEqual((seen.method, seen.path), (method, path))
+                verify(seen, instruction)
+
+    def test_values_in_a_query(self):
+        for value, texts, _ in VALUES:
+            with self.subTest(repr(value)):
+                _, seen = self.send(
+                    "GET", "/api/v1/order", {"n": value}, secret_key=GUIDE_KEY
+                )
+                self.assertEqual(seen.pairs, [("n", text) for text in texts])
+                self.assertRegex(seen.query, "^[A-Za-z0-9._~%=&-]*$")
+                verify(seen, "orderQuery")
+
+    def test_values_in_a_body(self):
+        for value, _, body in VALUES + OBJECTS:
+            with self.subTest(repr(value)):
+                _, seen = self.send(
+                    "POST", "/api/v1/order", {"n": value}, secret_key=GUIDE_KEY
+                )
+                self.assertEqual(repr(seen.body), repr({"n": body}))
+                verify(seen, "orderExecute")
+
+    def test_unset_values(self):
+        for value in UNSET:
+            for method in ("GET", "POST"):
+                params = {"n": value, "a": "b"}
+                _, seen = self.send(
+                    method, "/api/v1/order", params, secret_key=GUIDE_KEY
+                )
+                sent = dict(seen.pairs) if method == "GET" else seen.body
+                self.assertEqual(sent, {"a": "b"})
+
+    def test_names_are_characters(self):
+        params = {LyingStr("b/"): "1", Market.SPOT: "2"}
+        options = {"secret_key": GUIDE_KEY}
+        _, seen = self.send("GET", "/api/v1/order", params, **options)
+        self.assertEqual(seen.query, "SPOT=2&b%2F=1")
+        verify(seen, "orderQuery")
+        _, seen = self.send("POST", "/api/v1/order", params, **options)
+        self.assertEqual(seen.body, {"SPOT": "2", "b/": "1"})
+        verify(seen, "orderExecute")
+
+    def test_batches(self):
+        for kind in (list, tuple):
+            for orders in ([{"symbol": "A"}, {"symbol": "B"}], [{"a": "b"}]):
+                _, seen = self.send(
+                    "POST",
+                    "/api/v1/orders",
+                    kind(orders),
+                    secret_key=GUIDE_KEY,
+                )
+                self.assertEqual(seen.body, orders)
+                verify(seen, "orderExecute")
+
+    def test_params_are_read_once(self):
+        for method, instruction in [
+            ("GET", "orderQuery"),
+            ("POST", "orderExecute"),
+        ]:
+            for params in (Changing(), {"recipientInformation": Changing()}):
+                if method == "POST" or isinstance(params, Changing):
+                    _, seen = self.send(
+                        method, "/api/v1/order", params, secret_key=GUIDE_KEY
+                    )
+                    verify(seen, instruction)
+
+    def test_a_public_operation_is_not_signed(self):
+        _, seen = self.send("GET", "/api/v1/depth", {"symbol": "SOL_USDC"})
+        self.assertEqual(
+            sorted(seen.headers),
+            ["Accept-Encoding", "Host", "User-agent"],
+        )
+
+    def test_verify_can_fail(self):
+        _, seen = self.send(
+            "POST", "/api/v1/order", {"a": "b"}, secret_key=GUIDE_KEY
+        )
+        seen.body = {"a": "c"}
+        with self.assertRaises(Exception):
+            verify(seen, "orderExecute")
+
+    def test_bad_arguments_send_nothing(self):
+        rows = [({"params": params}, text) for params, text in BAD_PARAMS]
+        rows += [row for row in BAD_TIMES]
+        rows += [({"secret_key": key}, message) for key, message in BAD_KEYS]
+        rows += [({"timeout": time}, text) for time, text in BAD_TIMEOUTS]
+        rows += BAD_REQUESTS
+        for options, message in rows:
+            with self.subTest(message, options=repr(options)[:60]):
+                options = {
+                    **BuildRequest.ORDER,
+                    "base_url": self.exchange.url,
+                    **options,
+                }
+                error = self.refused(**options)
+                self.assertEqual(str(error), message)
+                self.assert_no_secret(error, options["secret_key"])
+
+    def test_bodies(self):
+        for body, expected in BODIES:
             for status in (200, 202, 299):
                 with self.subTest(body[:30], status=status):
                     self.exchange.answer = (status, {}, body)
-                    answer, _ = self.send("GET", "/api/v1/ping")
-                    self.assertEqual(repr(answer), repr(expected))
-
-    def test_refusals(self):
-        for body, words, text in REFUSALS:
-            with self.subTest(body[:30]):
-                self.exchange.answer = (400, {"Retry-After": "7"}, body)
-                with self.assertRaises(bpx.APIError) as caught:
-                    self.send("GET", "/api/v1/ping")
-                error = caught.exception
-                self.assertEqual(error.status, 400)
-                self.assertEqual((error.code, error.message), words)
-                self.assertEqual(error.headers["retry-after"], "7")
-                if text:
-                    self.assertEqual(str(error), f"GET /api/v1/ping: {text}")
-                copy = pickle.loads(pickle.dumps(error))
-                self.assertEqual(str(copy), str(error))
-                self.assertEqual(copy.body, error.body)
-        for body, expected in ANSWERS:
-            with self.subTest(body[:30]):
+                    result, _ = self.send("GET", "/api/v1/ping")
+                    self.assertEqual(repr(result), repr(expected))
+            with self.subTest(body[:30], status=500):
                 self.exchange.answer = (500, {}, body)
                 with self.assertRaises(bpx.APIError) as caught:
                     self.send("GET", "/api/v1/ping")
                 self.assertEqual(repr(caught.exception.body), repr(expected))
+                self.exchange.seen.clear()
+
+    def test_head(self):
+        self.exchange.answer = (200, {"Content-Encoding": "gzip"}, b"1234")
+        result, seen = self.send("HEAD", "/api/v1/ping")
+        self.assertEqual((result, seen.method), (None, "HEAD"))
+        self.exchange.answer = (404, {}, b"1234")
+        with self.assertRaises(bpx.APIError) as caught:
+            self.send("HEAD", "/api/v1/ping")
+        self.assertIsNone(caught.exception.body)
+
+    def test_errors_of_the_exchange(self):
+        for body, fields, text in ERRORS:
+            with self.subTest(body[:30]):
+                self.exchange.answer = (400, {"Retry-After": "7"}, body)
+                with self.assertRaises(bpx.APIError) as caught:
+                    self.send("GET", "/api/v1/ping", {"a": "b"})
+                error = caught.exception
+                self.assertEqual(error.status, 400)
+                if fields is not None:
+                    self.assertEqual((error.code, error.message), fields)
+                self.assertEqual(error.headers["retry-after"], "7")
+                self.assertEqual(str(error), f"GET /api/v1/ping: {text}")
+                self.assertEqual(error.request.selector, "/api/v1/ping?a=b")
+                copy = pickle.loads(pickle.dumps(error))
+                self.assertEqual(str(copy), str(error))
+                self.assertEqual(copy.body, error.body)
+                self.assertEqual(copy.request.full_url, error.request.full_url)
+                self.assertEqual(copy.headers["retry-after"], "7")
 
     def test_statuses(self):
-        for status in (300, 304, 400, 401, 404, 429, 500, 503, 999):
-            self.exchange.answer = (status, {}, b"")
-            with self.assertRaises(bpx.APIError) as caught:
-                self.send("GET", "/api/v1/ping")
-            self.assertEqual(caught.exception.status, status)
-            self.assertEqual(
-                str(caught.exception), f"GET /api/v1/ping: {status}"
-            )
+        unknown = {408, 500, 503, 599, 999}
+        known = {300, 304, 400, 401, 404, 407, 409, 429, 499}
+        for status in sorted(known | unknown):
+            with self.subTest(status):
+                self.exchange.answer = (status, {}, b"")
+                with self.assertRaises(bpx.APIError) as caught:
+                    self.send("GET", "/api/v1/ping")
+                error = caught.exception
+                self.assertEqual(error.status, status)
+                self.assertIs(error.outcome_unknown, status in unknown)
+
+    def test_other_errors(self):
+        built = bpx.build_request(
+            "POST", "/api/v1/order", {}, instruction="a", secret_key=GUIDE_KEY
+        )
+        for error, unknown in [
+            (bpx.BPXError(built, "a\nb\x1b" + "c" * 999), False),
+            (bpx.NotSentError(built, "a\nb\x1b" + "c" * 999), False),
+            (bpx.UnknownOutcomeError(built, "a\nb\x1b" + "c" * 999), True),
+        ]:
+            text = "POST /api/v1/order: a b " + "c" * 276
+            for each in (error, pickle.loads(pickle.dumps(error))):
+                self.assertEqual(str(each), text)
+                self.assertIs(each.outcome_unknown, unknown)
+                self.assertEqual(each.request.data, b"{}")
+            self.assertIsInstance(error, bpx.BPXError)
+        self.assertTrue(issubclass(bpx.APIError, bpx.BPXError))
+        self.assertFalse(issubclass(bpx.BPXError, (OSError, ValueError)))
 
     def test_methods(self):
         for call in (bpx.get, bpx.post, bpx.delete, bpx.patch):
@@ -1802,69 +1559,830 @@ class Calls(ExchangeCase):
         expected = ["GET", "POST", "DELETE", "PATCH"]
         self.assertEqual(methods, [name for name in expected for _ in "12"])
 
-    def test_errors_have_a_common_base(self):
-        for error in (bpx.APIError, bpx.NotSentError, bpx.UnknownOutcomeError):
-            self.assertTrue(issubclass(error, bpx.BPXError))
-        self.assertFalse(issubclass(bpx.BPXError, (OSError, ValueError)))
-
-    def test_public_names(self):
-        self.assertEqual(
-            (
-                bpx.BASE_URL,
-                bpx.DEFAULT_WINDOW,
-                bpx.MAX_WINDOW,
-                bpx.DEFAULT_TIMEOUT,
-            ),
-            ("https://api.backpack.exchange", 5000, 60000, 10),
+    def test_options_are_passed_on(self):
+        _, seen = self.send(
+            "POST",
+            "/api/v1/new",
+            secret_key=GUIDE_KEY,
+            instruction="other",
+            timestamp=time.time_ns() // 10**6 - 3000,
+            window=7000,
+            headers={"X-Broker-Id": "5"},
         )
-        self.assertEqual((bpx.MAX_IDLE, bpx.MAX_BODY), (15, 16 * 1024**2))
-        for name in bpx.__all__:
-            self.assertTrue(hasattr(bpx, name), name)
+        verify(seen, "other")
+        self.assertEqual(seen.headers["X-Window"], "7000")
+        self.assertEqual(seen.headers["X-Broker-Id"], "5")
+        age = time.time() * 1000 - int(seen.headers["X-Timestamp"])
+        self.assertGreaterEqual(age, 3000)
+        with mock.patch("bpx.send", wraps=bpx.send) as send:
+            self.send("GET", "/p")
+            self.send("GET", "/p", timeout=3)
+        timeouts = [call[1]["timeout"] for call in send.call_args_list]
+        self.assertEqual(timeouts, [10.0, 3])
+
+    def test_send(self):
+        built = bpx.build_request("GET", "/p", base_url=self.exchange.url)
+        for status in (200, 404):
+            self.exchange.answer = (status, {"X-Limit": "9"}, b"[1]")
+            response = bpx.send(built)
+            self.assertIsInstance(response, bpx.Response)
+            self.assertEqual(response, (status, response.headers, b"[1]"))
+            self.assertEqual(response.headers["x-limit"], "9")
+        with self.assertRaises(TypeError):
+            bpx.send(built, 5)
+
+    def test_memory_errors(self):
+        for error in (MemoryError, KeyboardInterrupt):
+            with mock.patch("bpx.json.loads", side_effect=error):
+                expected = error
+                if error is MemoryError:
+                    expected = bpx.UnknownOutcomeError
+                with self.assertRaises(expected):
+                    self.send("GET", "/p")
+            self.exchange.seen.clear()
 
 
-def command(*argv, key=None, python=(), stdin=None, **environment):
+class Seconds(float):
+    pass
+
+
+# --- 4: the transport ---
+
+HEAD = b"HTTP/1.1 200 OK\r\n"
+BAD = b"HTTP/1.1 400 Bad Request\r\n"
+LENGTH = HEAD + b"Content-Length: %d\r\n\r\n"
+REST = b"Content-Length: 2\r\n\r\n{}"
+TWO = HEAD + REST
+CLOSE = b"Connection: close\r\n"
+BLOCK = HEAD[:-2].ljust(8190 - len(REST)) + b"\r\n" + REST  # 8192 bytes
+CHUNKS = b"Transfer-Encoding: chunked\r\n\r\n"
+CHUNKED = HEAD + CHUNKS
+LAST = b"0\r\n\r\n"
+CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
+NO_CONTENT = b"HTTP/1.1 204 No Content\r\n"
+PACKED = b"Content-Encoding: gzip\r\n"
+DRIP = [b"1", 0.05]
+
+
+def sized(head, body):
+    """A response of these first lines, and of this body with its length."""
+    return head + b"Content-Length: %d\r\n\r\n" % len(body) + body
+
+
+def packed(body, head=HEAD + PACKED):
+    return sized(head, gzip.compress(body))
+
+
+ONE = gzip.compress(b"1")
+# Reason, base URL, SSL_CERT_FILE if it is not that of the server.
+NOT_SENT = [
+    ("refused", "http://127.0.0.1:1"),
+    ("unknown host", "https://no.such.host.invalid"),
+    ("label over 63", f"https://{'a' * 70}.example"),
+    ("untrusted certificate", "https://localhost:{tls}", os.devnull),
+    ("another host's certificate", "https://127.0.0.1:{tls}"),
+    ("silence to TLS", "https://localhost:{plain}"),
+]
+# Reason, https_proxy ({} is the URL of the server), what the proxy does.
+NO_TUNNEL = [
+    ("refused", "http://127.0.0.1:1", []),
+    ("407", "{}", [b"HTTP/1.1 407 No\r\nContent-Length: 0\r\n\r\n"]),
+    ("302", "{}", [b"HTTP/1.1 302 No\r\nLocation: /\r\n\r\n"]),
+    ("not HTTP", "{}", [b"SSH-2.0-OpenSSH_9.6\r\n\r\n"]),
+    ("closed", "{}", [close]),
+    ("reset", "{}", [reset]),
+    ("silence", "{}", []),
+    ("dripped header", "{}", repeat_forever(HEAD, *DRIP)),
+    ("silence to TLS", "{}", [HEAD + b"\r\n"]),
+    (
+        "dripped TLS",
+        "{}",
+        repeat_forever(HEAD + b"\r\n\x16\3\3\x40\0\2", *DRIP),
+    ),
+]
+# https_proxy that is refused ({} is HOST:PORT of a server).
+BAD_PROXIES = [
+    "https://me:PASSWORD@{}",
+    "socks5://me:PASSWORD@{}",
+    "socks5h://{}",
+    "ftp://{}",
+    "://{}",
+    "http:/me:PASSWORD@{}",
+    "http//me:PASSWORD@{}",
+    "http://me:PASSWORD",
+    "http://me:PASSWORD@",
+    "http://me:PASSWORD@/",
+    "http://me:PASSWORD@{}/path",
+    "http://me:PASSWORD/{}",
+    "http://{}:PASSWORD",
+    "http://localhost:x",
+    "http://localhost:123456",
+    "http://[localhost]:1",
+    "http://me:PASSWORD@{}\n",
+]
+# Reason, script. All are over at once, and no 2xx came back whole.
+BROKEN = [
+    ("closed", [close]),
+    ("reset", [reset]),
+    ("half a status line", [b"HTTP/1.1 20", close]),
+    ("half a header", [HEAD + b"Content-Le", close]),
+    ("no blank line, length 0", [(LENGTH % 0)[:-2], close]),
+    ("no blank line, 204", [NO_CONTENT, close]),
+    ("no blank line, 400", [sized(BAD, b"")[:-2], close]),
+    ("no body", [LENGTH % 2, close]),
+    ("half a body", [LENGTH % 4 + b"{}", close]),
+    ("half a body, reset", [LENGTH % 4 + b"{}", reset]),
+    ("half a body, half closed", [LENGTH % 4 + b"{}", shut]),
+    ("half a chunk", [CHUNKED + b"4\r\n{}", close]),
+    ("no last chunk", [CHUNKED + b"2\r\n{}\r\n", close]),
+    ("0 of a size 0a", [CHUNKED + b"2\r\n{}\r\n0", close]),
+    ("no blank line, chunks", [CHUNKED + b"2\r\n{}\r\n0\r\n", close]),
+    ("not HTTP", [b"SSH-2.0-OpenSSH_9.6\r\n\r\n"]),
+    ("HTTP/2.0", [TWO.replace(b"1.1", b"2.0")]),
+    ("status not a number", [TWO.replace(b"200", b"two")]),
+    ("status 99", [TWO.replace(b"200", b"99")]),
+    ("status 101", [b"HTTP/1.1 101 Switching\r\n\r\n"]),
+    ("status 103", [b"HTTP/1.1 103 Early Hints\r\n\r\n" + TWO]),
+    ("status 199", [TWO.replace(b"200", b"199")]),
+    ("no length", [HEAD + b"\r\n{}", close]),
+    ("no length, 299", [HEAD.replace(b"200", b"299") + b"\r\n{}", close]),
+    ("no length, HTTP/1.0", [b"HTTP/1.0 200 OK\r\n\r\n{}", close]),
+    ("length below 0", [LENGTH % -2 + b"{}", close]),
+    ("length not a number", [TWO.replace(b": 2", b": two"), close]),
+    ("length 10**30", [LENGTH % 10**30 + b"{}", close]),
+    ("length of 5000 digits", [TWO.replace(b": 2", b": 2" * 5000), close]),
+    ("lengths 2 and 2", [(LENGTH % 2)[:-2] + REST]),
+    ("lengths 4 and 2", [(LENGTH % 4)[:-2] + REST + b"  ", close]),
+    ("length and chunks", [HEAD + REST[:-4] + CHUNKS + b"2\r\n{}\r\n" + LAST]),
+    ("gzip, not chunked", [CHUNKED.replace(b"chunked", b"gzip") + ONE, close]),
+    ("chunk of 2**70", [CHUNKED + b"%x\r\n{}" % 2**70, close]),
+    ("chunk below 0", [CHUNKED + b"-2\r\n{}\r\n" + LAST, close]),
+    ("chunk not a number", [CHUNKED + b"two\r\n{}\r\n" + LAST]),
+    ("200 headers", [HEAD + b"A: b\r\n" * 200 + REST]),
+    ("header of 70000 bytes", [HEAD + b"A: %070000d\r\n" % 0 + REST]),
+    ("half of gzip", [sized(HEAD + PACKED, ONE[:-9])]),
+    ("gzip without its end", [sized(HEAD + PACKED, ONE[:-1])]),
+    ("gzip with a wrong sum", [sized(HEAD + PACKED, ONE[:-8] + bytes(8))]),
+    ("more than gzip", [sized(HEAD + PACKED, ONE + b"1")]),
+    ("no gzip", [sized(HEAD + PACKED, b"{}")]),
+    ("br", [sized(HEAD + b"Content-Encoding: br\r\n", b"{}")]),
+    ("gzip twice", [sized(HEAD + PACKED * 2, gzip.compress(ONE))]),
+]
+# Reason, script. All last longer than the timeout.
+LATE = [
+    ("silence", []),
+    ("a late response", [0.3, TWO]),
+    ("dripped status line", repeat_forever(b"HTTP", *DRIP)),
+    ("dripped header", repeat_forever(HEAD, *DRIP)),
+    ("dripped body", repeat_forever(LENGTH % 99, *DRIP)),
+    ("dripped chunk size", repeat_forever(CHUNKED, *DRIP)),
+    ("dripped chunk", repeat_forever(CHUNKED + b"99\r\n", *DRIP)),
+    ("endless trailers", repeat_forever(CHUNKED + b"0\r\n", b"A: b\r\n" * 99)),
+    ("endless 100 Continue", repeat_forever(CONTINUE, CONTINUE * 99)),
+]
+# What the error says, script.
+REASONS = [
+    ("(TimeoutError|timeout): timed out", []),
+    ("EOFError: closed before the response was whole", [HEAD, close]),
+    (
+        "HTTPException: more than one Content-Length or Transfer-Encoding",
+        [(LENGTH % 4)[:-2] + REST],
+    ),
+    (
+        "HTTPException: the body is larger than MAX_BODY",
+        [LENGTH % 100001 + bytes(100001)],
+    ),
+    (
+        "HTTPException: the body is larger than MAX_BODY",
+        [packed(bytes(100001))],
+    ),
+    (
+        "HTTPException: Content-Encoding br is not supported",
+        [sized(HEAD + b"Content-Encoding: BR\r\n", b"{}")],
+    ),
+    (
+        "HTTPException: unexpected status 101",
+        [b"HTTP/1.1 101 Switching\r\n\r\n"],
+    ),
+]
+# Reason, script, whether it comes back. MAX_BODY is 100000 bytes, which is
+# more than one read takes.
+SIZES = [
+    ("length 100000", [LENGTH % 100000 + b"1" * 100000], True),
+    ("length 100001", [LENGTH % 100001 + b"1" * 100001], False),
+    (
+        "100000 in chunks",
+        [CHUNKED, *[b"c350\r\n" + b"1" * 50000 + b"\r\n"] * 2, LAST],
+        True,
+    ),
+    (
+        "100001 in chunks",
+        [CHUNKED, *[b"c350\r\n" + b"1" * 50000 + b"\r\n"] * 2]
+        + [b"1\r\n1\r\n" + LAST],
+        False,
+    ),
+    ("gzip of 100000", [packed(b"1" * 100000)], True),
+    ("gzip of 100001", [packed(b"1" * 100001)], False),
+    ("gzip in 100001 bytes", [LENGTH % 1 + b"1"], True),
+    ("gzip of 10**8", [packed(bytes(10**8))], False),
+    ("endless, length", repeat_forever(LENGTH % 2**70, b"1" * 65536), False),
+    (
+        "endless, chunks",
+        repeat_forever(CHUNKED, b"9\r\n123456789\r\n" * 999),
+        False,
+    ),
+    (
+        "endless chunk",
+        repeat_forever(CHUNKED + b"%x\r\n" % 2**70, b"1" * 65536),
+        False,
+    ),
+    (
+        "endless chunk of size -1",
+        repeat_forever(CHUNKED + b"-1\r\n", b"1" * 65536),
+        False,
+    ),
+]
+# Reason, script, what is returned, the connection of the next request.
+WHOLE = [
+    ("length", [TWO], {}, 1),
+    ("in pieces", [TWO[:20], 0.01, TWO[20:-1], 0.01, TWO[-1:]], {}, 1),
+    ("odd case", [b"HTTP/1.1 200 \r\ncOnTeNt-lEnGtH:2\r\n\r\n{}"], {}, 1),
+    ("202, empty", [(LENGTH % 0).replace(b"200", b"202")], None, 1),
+    ("204", [NO_CONTENT + b"\r\n"], None, 1),
+    ("chunks", [CHUNKED + b"1\r\n{\r\n01\r\n}\r\n" + LAST], {}, 1),
+    ("extension", [CHUNKED + b"2;a=b\r\n{}\r\n" + LAST], {}, 1),
+    ("trailer", [CHUNKED + b"2\r\n{}\r\n0\r\nA: b\r\n\r\n"], {}, 1),
+    ("100 Continue", [CONTINUE, 0.01, TWO], {}, 1),
+    ("HTTP/1.0", [TWO.replace(b"1.1", b"1.0")], {}, 2),
+    ("Connection: close", [HEAD + CLOSE + REST], {}, 2),
+    ("close, late body", [HEAD + CLOSE + REST[:-2], 0.05, b"{}"], {}, 2),
+    (
+        "close, later body",
+        [HEAD + CLOSE + REST[:-1], 0.05, b"}", close],
+        {},
+        2,
+    ),
+    ("with surplus", [TWO + b" "], {}, 1),
+    ("with a response", [TWO + TWO], {}, 1),
+    ("with much surplus", [TWO + b" " * 10000], {}, 2),
+    ("surplus in its TLS record", [BLOCK + b" "], {}, 2),
+    ("chunks with surplus", [CHUNKED + LAST + b" "], None, 1),
+    ("204 with surplus", [NO_CONTENT + b"\r\n{}"], None, 1),
+    ("gzip", [packed(b'{"a": 1}')], {"a": 1}, 1),
+    (
+        "gzip in pieces",
+        [packed(b'{"a": 1}')[:-9], 0.01, packed(b'{"a": 1}')[-9:]],
+        {"a": 1},
+        1,
+    ),
+    (
+        "gzip in chunks",
+        [HEAD + PACKED + CHUNKS + b"%x\r\n" % len(ONE) + ONE + b"\r\n" + LAST],
+        1,
+        1,
+    ),
+    ("GZIP", [packed(b"[]", HEAD + PACKED.replace(b"gzip", b"GZIP"))], [], 1),
+    ("two gzip members", [sized(HEAD + PACKED, ONE + ONE)], 11, 1),
+    ("gzip of nothing", [packed(b"")], None, 1),
+    ("nothing of gzip", [sized(HEAD + PACKED, b"")], None, 1),
+    ("204 of gzip", [NO_CONTENT + PACKED + b"\r\n"], None, 1),
+    (
+        "identity",
+        [sized(HEAD + b"Content-Encoding: Identity\r\n", b"{}")],
+        {},
+        1,
+    ),
+]
+# Reason, script, body of the APIError, the connection of the next request.
+ERROR_RESPONSES = [
+    ("length", [sized(BAD, b"[1]")], [1], 1),
+    ("no length", [BAD + b"\r\nno such symbol", close], "no such symbol", 2),
+    (
+        "no length, late",
+        [BAD + b"\r\nno", 0.05, b" symbol", close],
+        "no symbol",
+        2,
+    ),
+    ("no length, no body", [BAD + b"\r\n", close], None, 2),
+    ("gzip", [packed(b"[1]", BAD + PACKED)], [1], 1),
+    ("gzip, no length", [BAD + PACKED + b"\r\n" + ONE, close], 1, 2),
+    ("cut off", [sized(BAD, b"[1]")[:-1], close], None, 2),
+    ("cut off, chunks", [BAD + CHUNKS + b"9\r\n[1]", close], None, 2),
+    ("cut off, gzip", [sized(BAD + PACKED, ONE[:-1])], None, 2),
+    ("br", [sized(BAD + b"Content-Encoding: br\r\n", b"{}")], None, 2),
+    ("two lengths", [sized(BAD, b"")[:-2] + REST], None, 2),
+    ("too large", [sized(BAD, bytes(100001))], None, 2),
+    ("too late", [sized(BAD, b"[1]")[:-1], 2], None, 2),
+    ("304", [b"HTTP/1.1 304 Not Modified\r\n\r\n"], None, 1),
+    ("408", [sized(b"HTTP/1.1 408 Timeout\r\n", b"[1]")], [1], 2),
+    ("407", [sized(b"HTTP/1.1 407 No\r\n", b"[1]")], [1], 1),
+    ("503, no length", [b"HTTP/1.1 503 No\r\n\r\nwait", close], "wait", 2),
+    ("300, no length", [b"HTTP/1.1 300 No\r\n\r\nwhich", close], "which", 2),
+]
+# Reason, what the server does once its response was received.
+SPOILT = [
+    ("closed", [close]),
+    ("reset", [reset]),
+    ("half closed", [shut]),
+    ("surplus", [b" "]),
+    ("a response too many", [TWO]),
+]
+CHILD = """
+import bpx, os, sys, threading, time
+def ask(*urls):
+    for url in urls or sys.argv[1:]:
+        n = time.perf_counter_ns()
+        try:
+            answer = bpx.get("/api/v1/ping", {"n": n}, base_url=url, timeout=5)
+            print(answer[0] if answer[1].endswith(str(n)) else answer)
+        except bpx.BPXError as error:
+            print(type(error).__name__)
+    sys.stdout.flush()
+"""
+LOST = "'http://127.0.0.1:1', 'https://127.0.0.1:1'"
+THREAD = "t = threading.Thread(target=ask); t.start(); t.join()"
+FORK = "child = os.fork(); child and os.waitpid(child, 0)"
+# Reason, first script, what the child does, connections or errors.
+CHILDREN = [
+    ("end", [], "ask(); ask()", ["1"] * 4),
+    ("end of a thread", [], f"{THREAD}; ask()", ["1", "1", "2", "2"]),
+    ("fork", [], f"ask(); {FORK}; ask()", ["1", "1", "2", "2", "1", "1"]),
+    ("not sent", [], f"ask({LOST}); ask()", ["NotSentError"] * 2 + ["1"] * 2),
+    ("closed", [[close]], "ask()", ["UnknownOutcomeError"] * 2),
+]
+NUMBERS = itertools.count(1)  # so that no two requests are alike
+
+
+class Transport(SecretsCase):
+    def setUp(self):
+        none = {"https_proxy": "", "http_proxy": "", "no_proxy": ""}
+        none["PYTHONMALLOC"] = "default"  # else -X dev breaks 3.8's own fork
+        environ = mock.patch.dict(os.environ, none)
+        environ.start()
+        self.addCleanup(environ.stop)
+        self.trust(PEM_FILE)
+        self.addCleanup(signal.signal, signal.SIGINT, signal.SIG_DFL)
+        self.addCleanup(
+            signal.signal, signal.SIGINT, self.raise_on_interrupt()
+        )
+        catch = warnings.catch_warnings(record=True)
+        self.warnings = catch.__enter__()
+        self.addCleanup(catch.__exit__)
+        warnings.simplefilter("always")
+
+    def tearDown(self):
+        gc.collect()
+        self.assertEqual([str(each.message) for each in self.warnings], [])
+
+    def raise_on_interrupt(self, error=KeyboardInterrupt):
+        """Raise an error in this thread on an interrupt, as Ctrl-C does."""
+
+        def handler(number, frame):
+            raise error
+
+        return signal.signal(signal.SIGINT, handler)
+
+    def trust(self, file):
+        os.environ["SSL_CERT_FILE"] = file
+        bpx._tls_context.cache_clear()  # made from it, when it is needed
+
+    def ask(self, url):
+        """The connection on which a request was answered by its own echo."""
+        n, path = next(NUMBERS), "/api/v1/ping"
+        answer = bpx.get(path, {"n": n}, base_url=url, timeout=5)
+        self.assertEqual(answer[1:], [f"{path}?n={n}"])
+        return answer[0]
+
+    def order(self, url, timeout=5):
+        return bpx.post(
+            "/api/v1/order",
+            {"clientId": 7},
+            base_url=url,
+            secret_key=GUIDE_KEY,
+            timeout=timeout,
+        )
+
+    def fails(self, error, url, timeout, within):
+        """The error of an order, which is raised within that many seconds."""
+        began = time.monotonic()
+        with self.assertRaises(error) as caught:
+            self.order(url, timeout)
+        self.assertLess(time.monotonic() - began, within)
+        self.assertEqual(caught.exception.request.selector, "/api/v1/order")
+        try:
+            return caught.exception
+        finally:
+            del caught  # Else the error would refer to itself by its frames.
+
+    def test_not_sent(self):
+        for reason, url, *file in NOT_SENT:
+            with self.subTest(reason), ScriptedServer() as plain:
+                with TLSScriptedServer() as tls:
+                    self.trust(*file or [PEM_FILE])
+                    url = url.format(plain=plain.port, tls=tls.port)
+                    self.fails(bpx.NotSentError, url, 0.2, 0.7)
+                    self.assertEqual(plain.seen + tls.seen, [])
+                    self.trust(PEM_FILE)
+                    self.ask(tls.url)
+
+    def test_not_sent_by_proxy(self):
+        for reason, url, script in NO_TUNNEL:
+            with self.subTest(reason), ScriptedServer(script) as proxy:
+                with TLSScriptedServer() as tls:
+                    os.environ["https_proxy"] = url.format(proxy.url)
+                    self.fails(bpx.NotSentError, tls.url, 0.2, 0.7)
+                    self.assertEqual(len(proxy.seen), url == "{}")
+                    self.assertEqual(tls.seen, [])
+                    os.environ["https_proxy"] = ""
+                    self.assertEqual(self.ask(tls.url), 1)
+
+    def test_bad_proxies(self):
+        text = (
+            "GET /p: ValueError: https_proxy: set it to http://HOST:PORT or "
+            "to http://USER:PASS@HOST:PORT; other proxies are not supported"
+        )
+        with ScriptedServer() as server:
+            for proxy in BAD_PROXIES:
+                with self.subTest(proxy):
+                    address = f"localhost:{server.port}"
+                    os.environ["https_proxy"] = proxy.format(address)
+                    with self.assertRaises(bpx.NotSentError) as caught:
+                        bpx.get("/p", base_url=f"https://{address}")
+                    shown = str(caught.exception)
+                    self.assertEqual(shown.replace("WORD", ""), text)
+                    shown = all_texts(caught.exception)
+                    self.assertNotIn("PASSWORD@localhost", shown)
+                    self.assertNotIn("me:", shown)
+            self.assertEqual(server.seen, [])
+            self.assertEqual(len(server.threads), 1)  # It accepts, no more.
+
+    def test_addresses_of_proxies(self):
+        for proxy, address in [
+            ("http://127.0.0.1", ("127.0.0.1", 80)),
+            ("HTTP://127.0.0.1:5/", ("127.0.0.1", 5)),
+            ("127.0.0.1:65535", ("127.0.0.1", 65535)),
+            ("http://[::1]:5", ("::1", 5)),
+            ("http://a:b@c@proxy_1.example:5", ("proxy_1.example", 5)),
+        ]:
+            with self.subTest(proxy), mock.patch(
+                "socket.create_connection", side_effect=OSError
+            ) as connect:
+                os.environ["https_proxy"] = proxy
+                with self.assertRaises(bpx.NotSentError):
+                    bpx.get("/p")
+                self.assertEqual(connect.call_args[0][0], address)
+
+    def test_broken_responses(self):
+        for kind, (reason, script) in itertools.product(BOTH, BROKEN):
+            with self.subTest(reason, kind=kind), kind(script) as server:
+                self.fails(bpx.UnknownOutcomeError, server.url, 5, 1)
+                self.assertEqual(len(server.seen), 1)
+                self.assertEqual(self.ask(server.url), 2)
+
+    def test_late_responses(self):
+        for reason, script in LATE:
+            with self.subTest(reason), ScriptedServer([TWO], script) as server:
+                self.assertEqual(self.order(server.url), {})
+                self.fails(bpx.UnknownOutcomeError, server.url, 0.2, 0.7)
+                self.assertEqual(len(server.seen), 2)
+                self.assertEqual(self.ask(server.url), 2)
+
+    def test_sizes(self):
+        for reason, script, comes_back in SIZES:
+            with self.subTest(reason), ScriptedServer(script) as server:
+                with mock.patch.object(bpx, "MAX_BODY", 100000):
+                    built = bpx.build_request("GET", "/p", base_url=server.url)
+                    if comes_back:
+                        body = bpx.send(built, timeout=5).body
+                        self.assertEqual(set(body), {ord("1")})
+                        self.assertIn(len(body), (1, 100000))
+                    else:
+                        with self.assertRaises(bpx.UnknownOutcomeError):
+                            bpx.send(built, timeout=5)
+                self.assertEqual(self.ask(server.url), 2 - comes_back)
+
+    def test_whole_responses(self):
+        for kind, row in itertools.product(BOTH, WHOLE):
+            reason, script, answer, connection = row
+            with self.subTest(reason, kind=kind), kind(script) as server:
+                self.assertEqual(self.order(server.url), answer)
+                server.played.acquire(timeout=5)
+                self.assertEqual(len(server.seen), 1)
+                self.assertEqual(self.ask(server.url), connection)
+                self.assertEqual(self.ask(server.url), connection)
+
+    def test_error_responses(self):
+        for reason, script, body, connection in ERROR_RESPONSES:
+            with self.subTest(reason), ScriptedServer(script) as server:
+                with mock.patch.object(bpx, "MAX_BODY", 100000):
+                    error = self.fails(bpx.APIError, server.url, 0.3, 0.7)
+                status = int(reason[:3]) if reason[:3].isdigit() else 400
+                self.assertEqual((error.status, error.body), (status, body))
+                self.assertEqual(self.ask(server.url), connection)
+
+    def test_compression_is_asked_for(self):
+        with ScriptedServer() as server:
+            self.ask(server.url)
+            encodings = server.seen[0][1].get_all("Accept-Encoding")
+            self.assertEqual(encodings, ["gzip"])
+
+    def test_spoilt_connections(self):
+        for kind, (reason, steps) in itertools.product(BOTH, SPOILT):
+            taken = threading.Event()
+            script = [TWO, lambda sock: taken.wait(5), *steps]
+            with self.subTest(reason, kind=kind), kind(script) as server:
+                self.assertEqual(self.order(server.url), {})
+                taken.set()
+                server.played.acquire(timeout=5)
+                self.assertEqual(self.ask(server.url), 2)
+
+    def test_replaced_connections_are_closed_at_once(self):
+        # Without its finalizer, a connection that is left to the garbage
+        # collector gives a ResourceWarning, which tearDown finds.
+        for max_idle, steps in [(15, [b" "]), (0, [])]:
+            taken = threading.Event()
+            script = [TWO, lambda sock: taken.wait(5), *steps]
+            last = [HEAD + CLOSE + REST]
+            finalize = mock.patch("weakref.finalize")
+            limit = mock.patch.object(bpx, "MAX_IDLE", max_idle)
+            with ScriptedServer(script, last) as server, finalize, limit:
+                self.order(server.url)
+                taken.set()
+                server.played.acquire(timeout=5)
+                self.order(server.url)
+                self.assertEqual(len(server.threads), 3)
+                self.assertTrue(server.has_closed(1))
+
+    def test_restarted_server(self):
+        for kind in BOTH:
+            with self.subTest(kind):
+                with kind() as server:
+                    self.assertEqual(self.ask(server.url), 1)
+                with kind(port=server.port) as server:
+                    self.assertEqual(self.ask(server.url), 1)
+
+    def test_max_idle(self):
+        with mock.patch("time.monotonic", return_value=0) as clock:
+            with ScriptedServer() as server:
+                # Seconds, the connection of the request that is sent then.
+                for now, connection in [
+                    *((0, 1), (14.9, 1), (29.8, 1), (44.7, 1)),
+                    *((59.7, 2), (59.7, 2), (80, 3)),
+                ]:
+                    clock.return_value = now
+                    self.assertEqual(self.ask(server.url), connection)
+                with mock.patch.object(bpx, "MAX_IDLE", 0):
+                    self.assertEqual(self.ask(server.url), 4)
+                    self.assertEqual(self.ask(server.url), 5)
+
+    def test_a_connection_for_each_origin(self):
+        with ScriptedServer() as one, ScriptedServer() as two:
+            with TLSScriptedServer() as tls:
+                for server in (one, two, tls) * 2:
+                    self.assertEqual(self.ask(server.url), 1)
+                self.assertEqual(self.ask(f"http://127.0.0.1:{one.port}"), 2)
+                url = f"https{one.url[4:]}"
+                self.fails(bpx.NotSentError, url, 0.2, 0.7)
+                self.assertEqual(self.ask(one.url), 1)
+
+    def test_a_connection_for_each_thread(self):
+        for kind in BOTH:
+            with self.subTest(kind), kind() as server:
+                found = [self.ask(server.url)]
+                ask = lambda: found.append(self.ask(server.url))  # noqa: E731
+                thread = threading.Thread(target=ask)
+                thread.start()
+                thread.join(5)
+                found.append(self.ask(server.url))
+                self.assertEqual(found, [1, 2, 1])
+
+    def test_interrupts(self):
+        scripts = [
+            [interrupt],
+            [interrupt, 0.05, TWO],
+            [HEAD, interrupt],
+            [LENGTH % 4 + b"{}", interrupt],
+            [sized(BAD, b"1234")[:-2], interrupt],
+        ]
+        for error in (KeyboardInterrupt, SystemExit):
+            self.raise_on_interrupt(error)
+            for kind, script in itertools.product(BOTH, scripts):
+                with self.subTest(script, kind=kind), kind(script) as server:
+                    try:
+                        self.order(server.url)
+                        self.fail("not interrupted")
+                    except error:  # which keeps all that is left open
+                        self.assertTrue(server.has_closed(1))
+                    self.assertEqual(len(server.seen), 1)
+                    self.assertEqual(self.ask(server.url), 2)
+
+    def test_an_interrupt_while_connecting(self):
+        self.raise_on_interrupt()
+        with ScriptedServer() as plain:  # which never answers TLS
+            thread = threading.Timer(0.1, interrupt, [None])
+            thread.start()
+            with self.assertRaises(KeyboardInterrupt):
+                self.order(f"https{plain.url[4:]}")
+            thread.join()
+        gc.collect()
+        del self.warnings[:]  # ssl itself leaves its socket open.
+
+    def test_proxy(self):
+        with TLSScriptedServer() as tls:
+            script = [HEAD + b"\r\n", relay_to(tls.port)]
+            with ScriptedServer(script) as proxy:
+                url = f"http://me:p%40ss@localhost:{proxy.port}"
+                os.environ["https_proxy"] = url
+                self.assertEqual(self.ask(tls.url), 1)
+                self.order(tls.url)
+                (line, headers), *more = proxy.seen
+                self.assertRegex(line, f"^CONNECT localhost:{tls.port} HTTP")
+                credentials = headers["Proxy-Authorization"]
+                self.assertEqual(credentials, "Basic bWU6cEBzcw==")
+                names = {name.lower() for name in headers}
+                self.assertLessEqual(names, {"host", "proxy-authorization"})
+                self.assertEqual(more, [])
+                self.assertEqual(len(tls.seen), 2)
+                for line, headers in tls.seen:
+                    self.assertEqual(headers["Host"], f"localhost:{tls.port}")
+                    self.assertNotIn("Proxy-Authorization", headers)
+
+    def test_proxy_without_a_password(self):
+        with TLSScriptedServer() as tls:
+            script = [HEAD + b"\r\n", relay_to(tls.port)]
+            with ScriptedServer(script) as proxy:
+                os.environ["https_proxy"] = f"localhost:{proxy.port}"
+                self.assertEqual(self.ask(tls.url), 1)
+                headers = proxy.seen[0][1]
+                self.assertNotIn("Proxy-Authorization", headers)
+
+    def test_no_proxy(self):
+        for kind, no_proxy, url in [
+            (ScriptedServer, "", "{}"),
+            (TLSScriptedServer, "localhost", "{}"),
+            (TLSScriptedServer, "localhost", "socks5://localhost"),
+        ]:
+            with kind() as server, ScriptedServer() as proxy:
+                with self.subTest(kind, url=url):
+                    url = url.format(proxy.url)
+                    proxies = {"http_proxy": url, "https_proxy": url}
+                    os.environ.update(proxies, no_proxy=no_proxy)
+                    self.assertEqual(self.ask(server.url), 1)
+                    self.assertEqual(proxy.seen, [])
+
+    def test_debugging(self):
+        with mock.patch("http.client.HTTPConnection.debuglevel", 1):
+            with ScriptedServer() as server:
+                with contextlib.redirect_stdout(io.StringIO()):
+                    self.assertEqual(self.ask(server.url), 1)
+
+    def test_one_timeout_for_all_of_a_response(self):
+        with ScriptedServer([HEAD, 0.4, b"A: b\r\n", 1]) as server:
+            self.fails(bpx.UnknownOutcomeError, server.url, 0.5, 0.8)
+
+    def test_a_timeout_between_two_reads(self):
+        text = r"\APOST /api/v1/order: TimeoutError: timed out\Z"
+        for step in 0.5, 100:
+            clock = itertools.count(0, step)
+            with self.subTest(step), ScriptedServer() as server, mock.patch(
+                "time.monotonic", side_effect=clock
+            ):
+                with self.assertRaisesRegex(bpx.UnknownOutcomeError, text):
+                    self.order(server.url, 0.5)
+
+    def test_each_request_has_its_own_timeout(self):
+        with ScriptedServer([TWO], [0.3, TWO]) as server:
+            self.order(server.url, 0.1)
+            self.order(server.url, 2)
+            self.assertEqual(self.ask(server.url), 1)
+
+    def test_what_the_errors_say(self):
+        for text, script in REASONS:
+            with self.subTest(text), ScriptedServer(script) as server:
+                with mock.patch.object(bpx, "MAX_BODY", 100000):
+                    with self.assertRaises(bpx.UnknownOutcomeError) as caught:
+                        self.order(server.url, 0.2)
+                text = rf"\APOST /api/v1/order: {text}\Z"
+                self.assertRegex(str(caught.exception), text)
+                self.assertIs(caught.exception.outcome_unknown, True)
+        with self.assertRaises(bpx.NotSentError) as caught:
+            bpx.get("/p", {"a": "b"}, base_url="http://127.0.0.1:1")
+        text = r"\AGET /p: ConnectionRefusedError: \[Errno \d+\] [^\n]+\Z"
+        self.assertRegex(str(caught.exception), text)
+        self.assertIs(caught.exception.outcome_unknown, False)
+
+    def test_certificates_are_loaded_once(self):
+        for script in ([TWO], [HEAD + CLOSE + REST]):
+            with TLSScriptedServer(script) as server:
+                self.trust(PEM_FILE)
+                self.order(server.url)
+                os.environ["SSL_CERT_FILE"] = os.devnull
+                with mock.patch("ssl.create_default_context") as make:
+                    self.ask(server.url)
+                make.assert_not_called()
+
+    def test_redirects(self):
+        for status in 301, 302, 303, 307, 308:
+            with self.subTest(status), ScriptedServer() as other:
+                head = f"HTTP/1.1 {status} Moved\r\nLocation: {other.url}/\r\n"
+                with ScriptedServer([head.encode() + REST]) as server:
+                    error = self.fails(bpx.APIError, server.url, 5, 1)
+                    self.assertEqual(error.status, status)
+                    self.assertEqual(
+                        error.headers["location"], other.url + "/"
+                    )
+                    self.assertEqual(self.ask(server.url), 1)
+                self.assertEqual(other.seen, [])
+
+    def test_memory_errors(self):
+        with ScriptedServer([TWO], [sized(BAD, b"[1]")]) as server:
+            with mock.patch("bpx._read_body", side_effect=MemoryError):
+                self.fails(bpx.UnknownOutcomeError, server.url, 5, 1)
+                error = self.fails(bpx.APIError, server.url, 5, 1)
+            self.assertEqual((error.status, error.body), (400, None))
+            self.assertEqual(self.ask(server.url), 3)
+
+    def test_child_interpreters(self):
+        python = [sys.executable, "-W", "error", "-X", "dev", "-c"]
+        options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+        for reason, scripts, code, printed in CHILDREN:
+            with self.subTest(reason), ScriptedServer(*scripts) as plain:
+                with TLSScriptedServer(*scripts) as tls:
+                    child = subprocess.run(
+                        [*python, CHILD + code, plain.url, tls.url],
+                        timeout=20,
+                        cwd=str(HERE),
+                        **options,
+                    )
+                self.assertEqual(child.stderr.decode(), "")
+                self.assertEqual(child.stdout.decode().split(), printed)
+
+
+# --- 6: the command line ---
+
+
+def command(*argv, key=None, stdin=None, stdout=subprocess.PIPE):
     """Run bpx.py as a shell does: (status, output, errors)."""
-    environment = {**os.environ, "PYTHONIOENCODING": "utf-8", **environment}
+    environment = {**os.environ, "PYTHONIOENCODING": "utf-8"}
     environment.pop("BPX_SECRET_KEY", None)
     if key is not None:
         environment["BPX_SECRET_KEY"] = key
     done = subprocess.run(
-        [sys.executable, *python, "bpx.py", *argv],
+        [sys.executable, "bpx.py", *argv],
         cwd=str(HERE),
         env=environment,
         input=stdin,
-        stdout=subprocess.PIPE,
+        stdout=stdout,
         stderr=subprocess.PIPE,
         timeout=20,
     )
-    return done.returncode, done.stdout.decode(), done.stderr.decode()
+    return done.returncode, (done.stdout or b"").decode(), done.stderr.decode()
 
 
-# (reason, arguments, what the line on standard error must say)
+USAGE = "bpx.py [options] METHOD PATH [name=text | name:=json]..."
+ONCE = "ValueError: pass each parameter once, as name=text or in --json"
+# Arguments, pattern of the line on standard error.
 USAGES = [
-    ("nothing", [], "METHOD, PATH"),
-    ("no path", ["GET"], "PATH"),
-    ("no =", ["GET", "/p", "symbol"], "symbol"),
-    ("not JSON", ["GET", "/p", "n:=x"], "n:=x"),
-    ("not JSON", ["POST", "/p", "--json", "{"], "JSON"),
-    ("endless JSON", ["POST", "/p", "--json", "[" * 100000], "Recursion"),
-    ("neither object nor list", ["POST", "/p", "--json", "5"], "mapping"),
-    ("a float", ["POST", "/p", "price:=0.1"], "price"),
-    ("no such option", ["GET", "/p", "--xy", "{}"], "--xy"),
-    ("not a number", ["GET", "/p", "--window", "x"], "--window"),
-    ("too long", ["GET", "/api/v1/order", "--window", "60001"], "window"),
-    ("no time", ["GET", "/p", "--timeout", "0"], "timeout"),
-    ("no TLS", ["GET", "/p", "--base-url", "http://a.example"], "base_url"),
-    ("a query", ["GET", "/p?a=b"], "path"),
-    ("both", ["POST", "/p", "a=b", "--json", "{}"], "ValueError: pass each"),
-    ("both", ["POST", "/p", "a=b", "--json", ""], "ValueError: pass each"),
-    ("empty", ["POST", "/p", "--json", ""], "JSON"),
-    ("twice", ["POST", "/p", "a=b", "a=c"], "name=text or in --json"),
+    (
+        [],
+        "the following arguments are required: METHOD, PATH.*; usage: bpx.py ",
+    ),
+    (["GET"], ".*required: PATH.*; usage: bpx.py "),
+    (
+        ["GET", "/p", "symbol"],
+        "ValueError: pass name=text or .*, not 'symbol'$",
+    ),
+    (["GET", "/p", "n:=x"], "ValueError: n:=x: pass JSON .JSONDecodeError: "),
+    (["POST", "/p", "--json", "{"], "ValueError: --json: pass JSON .JSOND"),
+    (["POST", "/p", "--json", ""], "ValueError: --json: pass JSON .JSOND"),
+    (["POST", "/p", "--json", "[" * 100000], ".*--json: .*Recursion"),
+    (["POST", "/p", "--json", "5"], "TypeError: params: pass a mapping "),
+    (
+        ["POST", "/p", "--json", '[{"a": {"b": 1, "b": 2}}]'],
+        "ValueError: --json: pass JSON .ValueError: duplicate name 'b'.$",
+    ),
+    (
+        ["POST", "/p", 'a:={"b": 1, "c": 2, "b": 1}'],
+        "ValueError: a:={.*}: pass JSON .ValueError: duplicate name 'b'.$",
+    ),
+    (["POST", "/p", "price:=0.1"], "TypeError: params.price: pass a str "),
+    (["GET", "/p", "--xy", "{}"], "unrecognized arguments: --xy"),
+    (["GET", "/p", "--window", "x"], "argument --window: invalid int value"),
+    (["GET", "/api/v1/order", "--window", "60001"], "ValueError: window: "),
+    (["GET", "/p", "--timeout", "0"], "ValueError: timeout: "),
+    (
+        ["GET", "/p", "--base-url", "http://a.example"],
+        "ValueError: base_url: ",
+    ),
+    (["GET", "/p?a=b"], "ValueError: path: pass the query as params, "),
+    (["POST", "/p", "a=b", "--json", "{}"], ONCE + "$"),
+    (["POST", "/p", "a=b", "--json", ""], ONCE + "$"),
+    (["POST", "/p", "a=b", "a=c"], ONCE + "$"),
 ]
 
 
 class CommandLine(ExchangeCase):
-    def main(self, *argv, key=GUIDE, stdin=b""):
+    def main(self, *argv, key=GUIDE_KEY, stdin=b""):
         """The same within this process: (status, output, errors)."""
         output, errors = io.StringIO(), io.StringIO()
         environment = {} if key is None else {"BPX_SECRET_KEY": key}
@@ -1884,135 +2402,198 @@ class CommandLine(ExchangeCase):
                 status = 0
             except SystemExit as error:
                 status = error.code
-        self.assertNotIn(GUIDE, output.getvalue() + errors.getvalue())
+        self.assertNotIn(GUIDE_KEY, output.getvalue() + errors.getvalue())
         return status or 0, output.getvalue(), errors.getvalue()
 
     def test_a_signed_request(self):
         self.exchange.answer = (200, {}, '{"id":"1","é":[]}'.encode())
         for argv, params in [
             ([], {}),
-            (["symbol=SOL_USDC", "a=b=c:=d", "e="], None),
-            (["n:=5", "b:=true", 'l:=["A","B"]', "u:=null", "é=ü"], None),
-            (["--json", '{"symbol": "é", "n": [1]}'], None),
+            (
+                ["symbol=SOL_USDC", "a=b=c:=d", "e="],
+                {"symbol": "SOL_USDC", "a": "b=c:=d", "e": ""},
+            ),
+            (
+                ["n:=5", "b:=true", 'l:=["A","B"]', "u:=null", "é=ü"],
+                {"n": 5, "b": True, "l": ["A", "B"], "é": "ü"},
+            ),
+            (
+                ["--json", '{"symbol": "é", "n": [1]}'],
+                {"symbol": "é", "n": [1]},
+            ),
         ]:
             with self.subTest(argv=argv):
                 found = self.main("post", "/api/v1/order", *argv)
-                self.assertEqual(
-                    found,
-                    (0, '{\n  "id": "1",\n  "\\u00e9": []\n}\n', ""),
-                )
+                expected = '{\n  "id": "1",\n  "\\u00e9": []\n}\n'
+                self.assertEqual(found, (0, expected, ""))
                 verify(self.exchange.seen[-1], "orderExecute")
-        self.assertEqual(
-            [seen.body for seen in self.exchange.seen],
-            [
-                {},
-                {"symbol": "SOL_USDC", "a": "b=c:=d", "e": ""},
-                {"n": 5, "b": True, "l": ["A", "B"], "é": "ü"},
-                {"symbol": "é", "n": [1]},
-            ],
-        )
+                self.assertEqual(self.exchange.seen[-1].body, params)
 
     def test_standard_input(self):
         batch = '[{"symbol": "é"}, {"symbol": "B"}]'.encode()
         found = self.main("POST", "/api/v1/orders", "--json", "-", stdin=batch)
         self.assertEqual(found, (0, "{}\n", ""))
-        self.assertEqual(
-            self.exchange.seen[0].body, [{"symbol": "é"}, {"symbol": "B"}]
-        )
+        expected = [{"symbol": "é"}, {"symbol": "B"}]
+        self.assertEqual(self.exchange.seen[0].body, expected)
+        found = self.main("POST", "/api/v1/orders", "--json", "-", stdin=b"{")
+        message = "bpx.py: ValueError: standard input: pass JSON "
+        self.assertEqual((found[0], found[1]), (2, ""))
+        self.assertTrue(found[2].startswith(message))
 
     def test_options(self):
-        found = self.main(
-            *("GET", "/api/v1/new", "--instruction", "other", "a=b"),
-            *("--window", "60000", "--timeout", "2.5"),
-        )
-        self.assertEqual(found, (0, "{}\n", ""))
-        verify(self.exchange.seen[0], "other")
-        self.assertEqual(self.exchange.seen[0].headers["X-Window"], "60000")
+        with mock.patch("bpx.send", wraps=bpx.send) as send:
+            found = self.main(
+                *("GET", "/api/v1/new", "--instruction", "other", "a=b"),
+                *("--window", "60000", "--timeout", "2.5", "c=d"),
+            )
+            self.assertEqual(found, (0, "{}\n", ""))
+            self.assertEqual(send.call_args[1], {"timeout": 2.5})
+            verify(self.exchange.seen[0], "other")
+            headers = self.exchange.seen.pop().headers
+            self.assertEqual(headers["X-Window"], "60000")
+            self.main("GET", "/api/v1/order")
+            self.assertEqual(send.call_args[1], {"timeout": 10.0})
+            headers = self.exchange.seen.pop().headers
+            self.assertEqual(headers["X-Window"], "5000")
+        with mock.patch("bpx.request", return_value=None) as request:
+            with contextlib.redirect_stdout(io.StringIO()):
+                bpx.main(["GET", "/p"])
+            base_url = request.call_args[1]["base_url"]
+            self.assertEqual(base_url, "https://api.backpack.exchange")
 
     def test_a_public_request_needs_no_key(self):
         self.exchange.answer = (200, {}, b"pong")
-        for key in (None, GUIDE, "broken"):
+        for key in (None, GUIDE_KEY, "broken"):
             found = self.main("GET", "/api/v1/ping", key=key)
             self.assertEqual(found, (0, '"pong"\n', ""))
             self.assertIsNone(self.exchange.seen.pop().headers["X-API-Key"])
 
     def test_dry_run(self):
-        status, output, errors = self.main(
-            "post", "/api/v1/order", "symbol=é", "b:=true", "--dry-run"
-        )
-        self.assertEqual((status, errors, self.exchange.seen), (0, "", []))
-        url, text, *headers, body = output.splitlines()
-        self.assertEqual(url, "POST %s/api/v1/order" % self.exchange.url)
-        headers = dict(line.split(": ") for line in headers)
-        self.assertEqual(
-            text,
+        clock = itertools.count(1750793021519 * 10**6, 10**6)
+        with mock.patch("time.time_ns", side_effect=clock):
+            found = self.main(
+                *("post", "/api/v1/order", "--window", "6000", "--dry-run"),
+                *("symbol=é", "b:=true"),
+            )
+        url, text, *headers, body = found[1].splitlines()
+        self.assertEqual((found[0], found[2]), (0, ""))
+        self.assertEqual(self.exchange.seen, [])
+        self.assertEqual(url, f"POST {self.exchange.url}/api/v1/order")
+        expected = (
             "instruction=orderExecute&b=true&symbol=é"
-            "&timestamp=%s&window=5000" % headers["X-Timestamp"],
+            "&timestamp=1750793021519&window=6000"
         )
-        self.assertEqual(headers["X-API-Key"], API_KEYS[GUIDE])
-        signature = base64.b64decode(headers["X-Signature"])
-        public = base64.b64decode(API_KEYS[GUIDE])
-        nacl.signing.VerifyKey(public).verify(text.encode(), signature)
+        self.assertEqual(text, expected)
         self.assertEqual(body, '{"b":true,"symbol":"é"}')
-
-    def test_dry_run_of_a_public_request(self):
-        found = self.main("GET", "/p", "a=b c", "--dry-run", key=None)
-        self.assertEqual(found[0], 0)
+        headers = [line.split(": ") for line in headers]
+        signature = base64.b64decode(dict(headers)["X-Signature"])
+        public = base64.b64decode(API_KEYS[GUIDE_KEY])
+        nacl.signing.VerifyKey(public).verify(text.encode(), signature)
         self.assertEqual(
-            found[1].splitlines(),
+            [line for line in headers if line[0] != "X-Signature"],
             [
-                "GET %s/p?a=b%%20c" % self.exchange.url,
-                "User-Agent: bpx.py/" + bpx.__version__,
+                ["User-Agent", f"bpx.py/{bpx.__version__}"],
+                ["X-API-Key", API_KEYS[GUIDE_KEY]],
+                ["X-Timestamp", "1750793021519"],
+                ["X-Window", "6000"],
+                ["Content-Type", "application/json; charset=utf-8"],
             ],
         )
 
+    def test_dry_runs_of_other_requests(self):
+        agent = f"User-Agent: bpx.py/{bpx.__version__}"
+        found = self.main("GET", "/p", "a=b c", "--dry-run", key=None)
+        url = f"GET {self.exchange.url}/p?a=b%20c"
+        self.assertEqual(found, (0, f"{url}\n{agent}\n", ""))
+        found = self.main(
+            *("GET", "/p", "--dry-run", "--instruction", "other", "a=b")
+        )
+        url = f"GET {self.exchange.url}/p?a=b"
+        self.assertEqual(found[1].splitlines()[0], url)
+        text = r"^instruction=other&a=b&timestamp=\d+&window=5000$"
+        self.assertRegex(found[1].splitlines()[1], text)
+
     def test_usage(self):
-        for reason, argv, said in USAGES:
-            with self.subTest(reason):
+        for argv, pattern in USAGES:
+            with self.subTest(pattern):
                 status, output, errors = self.main(*argv)
                 self.assertEqual((status, output), (2, ""))
-                self.assertRegex(errors, r"\Abpx\.py: .*%s.*\n\Z" % said)
-                self.assertNotIn("\n", errors[:-1])
-        status, output, errors = self.main("GET", "/api/v1/order", key=None)
-        self.assertEqual((status, output), (2, ""))
-        said = "bpx.py: ValueError: to sign this, set BPX_SECRET_KEY\n"
-        self.assertEqual(errors, said)
-        status, output, errors = self.main("GET", "/api/v1/order", key="x")
-        self.assertEqual((status, output), (2, ""))
+                self.assertRegex(errors, r"\A[^\n]*\n\Z")
+                self.assertRegex(errors[:-1], r"\Abpx\.py: " + pattern)
+                self.assertEqual(self.exchange.seen, [])
+        found = self.main("GET", "/api/v1/order", key=None)
+        text = "bpx.py: ValueError: to sign this, set BPX_SECRET_KEY\n"
+        self.assertEqual(found, (2, "", text))
+        found = self.main("GET", "/api/v1/order", key="x")
+        text = (
+            "bpx.py: ValueError: secret_key: pass the base64 of 32 bytes; "
+            "these 1 characters are not base64\n"
+        )
+        self.assertEqual(found, (2, "", text))
         self.assertEqual(self.exchange.seen, [])
 
     def test_failures(self):
-        self.exchange.answer = (400, {}, b'{"code":"C","message":"a\\nb"}')
-        found = self.main("GET", "/p")
-        self.assertEqual(found[:2], (1, ""))
-        self.assertRegex(found[2], r"\Abpx\.py: .*400 C a b\n\Z")
+        answer = b'{"code":"C","message":"a\\nb\\u001b[1m"}'
+        for status, expected, note in [
+            (400, 1, ""),
+            (408, 4, " (it may have been executed)"),
+            (503, 4, " (it may have been executed)"),
+        ]:
+            self.exchange.answer = (status, {}, answer)
+            text = f"bpx.py: APIError: GET /p: {status} C a b [1m{note}\n"
+            self.assertEqual(self.main("GET", "/p"), (expected, "", text))
         closed = ("--base-url", "http://127.0.0.1:1")
         found = self.main("GET", "/p", *closed)
         self.assertEqual(found[:2], (3, ""))
-        self.assertRegex(found[2], r"\Abpx\.py: NotSentError: .*\n\Z")
-        self.exchange.answer = (204, {"Content-Length": "x"}, b"")
+        text = r"\Abpx\.py: NotSentError: GET /p: .* \(nothing was sent\)\n\Z"
+        self.assertRegex(found[2], text)
         self.exchange.answer = (200, {"Transfer-Encoding": "x"}, b"")
         found = self.main("GET", "/p")
         self.assertEqual(found[:2], (4, ""))
-        self.assertRegex(found[2], r"\Abpx\.py: UnknownOutcomeError: .*\n\Z")
+        text = (
+            r"\Abpx\.py: UnknownOutcomeError: GET /p: .* "
+            r"\(it may have been executed\)\n\Z"
+        )
+        self.assertRegex(found[2], text)
 
     def test_help(self):
-        status, output, errors = self.main("--help")
+        with mock.patch.dict(os.environ, COLUMNS="80"):
+            status, output, errors = self.main("--help")
         self.assertEqual((status, errors), (0, ""))
-        for line in (
-            r"usage: bpx\.py \[options\] METHOD PATH \[name=text .*\][.]+",
-            "  --json JSON  +all parameters as a JSON object, .*",
-            "  --dry-run  +print the request .*",
-            "  --instruction NAME  +sign with .*",
-            "  3  NotSentError: .*",
+        for text in (
+            f"usage: {USAGE}\n",
+            "  METHOD  such as GET\n",
+            "  PATH  such as /api/v1/order\n",
+            "  name=text  a parameter\n",
+            "  --json JSON  all parameters as a JSON object, or a batch of",
+            "  --dry-run  print the request and its canonical string; send",
+            "  --instruction NAME  sign with this instruction (default: that",
+            "  --window MS  milliseconds for which a signed request is valid,",
+            " at most 60000 (default: 5000)",
+            "  --timeout S  seconds for each step: to connect, to send and to",
+            " receive (default: 10.0)",
+            "  --base-url URL  scheme and host of the exchange (default:",
+            " https://api.backpack.exchange)",
+            "BPX_SECRET_KEY",
+            "  python bpx.py --dry-run POST /api/v1/order symbol=SOL_USDC ",
+            *(
+                "  0  ",
+                "  1  APIError: ",
+                "  2  ",
+                "  3  NotSentError",
+                "  4  ",
+            ),
         ):
-            self.assertRegex(output, "(?m)^%s$" % line)
+            pattern = re.escape(text).replace(r"\ \ ", r"\s+")
+            self.assertRegex(output, pattern.replace(r"\ ", r"\s+"))
+        found = self.main("--version")
+        self.assertEqual(found, (0, f"bpx.py {bpx.__version__}\n", ""))
 
     def test_as_a_script(self):
         url = ("--base-url", self.exchange.url)
         found = command("GET", "/api/v1/ping", *url)
         self.assertEqual(found, (0, "{}\n", ""))
-        found = command("GET", "/api/v1/order", *url, "é=b", key=GUIDE)
+        found = command("GET", "/api/v1/order", *url, "é=b", key=GUIDE_KEY)
         self.assertEqual(found, (0, "{}\n", ""))
         found = command("POST", "/p", "--json", "-", *url, stdin=b'{"a":1}')
         self.assertEqual(found, (0, "{}\n", ""))
@@ -2020,49 +2601,6 @@ class CommandLine(ExchangeCase):
         found = command("GET", "/p", "a=\udcff", *url)
         self.assertEqual(found[:2], (2, ""))
         self.assertRegex(found[2], r"\Abpx\.py: .*\n\Z")
-
-    def test_a_closed_pipe(self):
-        for size in (1, 10**6):
-            self.exchange.answer = (200, {}, b'["%s"]' % (b"x" * size))
-            reading, writing = os.pipe()
-            os.close(reading)
-            done = subprocess.run(
-                [sys.executable, "bpx.py", "--base-url", self.exchange.url]
-                + ["GET", "/p"],
-                cwd=str(HERE),
-                env={**os.environ, "PYTHONUNBUFFERED": ""},
-                stdout=writing,
-                stderr=subprocess.PIPE,
-                timeout=20,
-            )
-            os.close(writing)
-            self.assertEqual((done.returncode, done.stderr), (0, b""))
-        with mock.patch("builtins.print", side_effect=BrokenPipeError):
-            with mock.patch("os.dup2") as dup2:
-                self.assertEqual(self.main("GET", "/p"), (0, "", ""))
-        self.assertEqual(dup2.call_args[0][1], 1)
-        os.close(dup2.call_args[0][0])
-
-    def test_what_was_sent_is_not_called_untried(self):
-        for options, expected in ([], 4), (["--dry-run"], 2):
-            with open("/dev/full", "wb") as full:
-                done = subprocess.run(
-                    [sys.executable, "bpx.py", "--base-url", self.exchange.url]
-                    + ["GET", "/p", *options],
-                    cwd=str(HERE),
-                    stdout=full,
-                    stderr=subprocess.PIPE,
-                    timeout=20,
-                )
-            self.assertEqual(done.returncode, expected)
-            text = rb"\Abpx\.py: cannot print: OSError: .*\n\Z"
-            self.assertRegex(done.stderr, text)
-
-    def test_an_interrupt(self):
-        with mock.patch("bpx.request", side_effect=KeyboardInterrupt):
-            found = self.main("GET", "/p")
-        self.assertEqual(found[:2], (4, ""))
-        self.assertRegex(found[2], r"\Abpx\.py: interrupted .*\n\Z")
 
     def test_as_main(self):
         with mock.patch("sys.argv", ["bpx.py", "--help"]):
@@ -2072,11 +2610,47 @@ class CommandLine(ExchangeCase):
         self.assertEqual(caught.exception.code, 0)
         self.assertIn("METHOD PATH", output.getvalue())
 
+    def test_a_closed_pipe(self):
+        url = ("--base-url", self.exchange.url)
+        for size in (1, 10**6):
+            self.exchange.answer = (200, {}, b'["%s"]' % (b"x" * size))
+            reading, writing = os.pipe()
+            os.close(reading)
+            found = command("GET", "/p", *url, stdout=writing)
+            os.close(writing)
+            self.assertEqual(found, (0, "", ""))
 
-# What a restricted interpreter must do with the file.
+    def test_a_full_disk(self):
+        url = ("--base-url", self.exchange.url)
+        for options, expected in ([], 4), (["--dry-run"], 2):
+            with open("/dev/full", "wb") as full:
+                found = command("GET", "/p", *url, *options, stdout=full)
+            self.assertEqual(found[0], expected)
+            text = r"\Abpx\.py: cannot print: OSError: .*\n\Z"
+            self.assertRegex(found[2], text)
+
+    def test_what_was_sent_is_not_called_untried(self):
+        for error in (MemoryError, KeyboardInterrupt, BrokenPipeError):
+            with mock.patch("json.dumps", side_effect=error):
+                with mock.patch("os.dup2") as dup2:
+                    status, _, errors = self.main("GET", "/p")
+            self.assertEqual(dup2.call_args[0][1], 1)
+            os.close(dup2.call_args[0][0])
+            text = f"bpx.py: cannot print: {error.__name__}:\n"
+            expected = (4, text) if error is not BrokenPipeError else (0, "")
+            self.assertEqual((status, errors), expected)
+
+    def test_an_interrupt(self):
+        with mock.patch("bpx.request", side_effect=KeyboardInterrupt):
+            found = self.main("GET", "/p")
+        text = "interrupted (if it was sent, it may have been executed)"
+        self.assertEqual(found, (4, "", f"bpx.py: {text}\n"))
+
+
+# --- Restricted interpreters, and documents ---
+
 PROBE = """
 import sys
-import tempfile
 {before}
 import bpx
 text = bpx.canonical_string("orderCancel", {{"orderId": 28}}, 5)
@@ -2096,11 +2670,13 @@ else:
 
 
 class RestrictedPlaces(ExchangeCase):
-    def probe(self, *flags, folder=HERE, before="", path=()):
-        before = "sys.path[:0] = %r\n" % [str(folder), *path] + before
+    def probe(self, *flags, folder=HERE, before=""):
+        """What an interpreter with these flags prints after the probe."""
+        before = f"sys.path.insert(0, {str(folder)!r})\n{before}"
+        url = self.exchange.url
+        code = PROBE.format(before=before, url=url, key=GUIDE_KEY)
         done = subprocess.run(
-            [sys.executable, *flags, "-c"]
-            + [PROBE.format(before=before, url=self.exchange.url, key=GUIDE)],
+            [sys.executable, *flags, "-c", code],
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             timeout=20,
@@ -2134,9 +2710,26 @@ import bpx
 try:
     bpx.get("/api/v1/ping", base_url="https://127.0.0.1:1")
 except bpx.NotSentError as error:
-    print("not sent")
+    print(error)
 """
-        self.assertEqual(self.probe(before=before), "not sent\nsigned")
+        self.assertRegex(
+            self.probe(before=before), "ImportError|NotFoundError"
+        )
+
+    def test_without_zlib(self):
+        before = "sys.modules['zlib'] = None"
+        self.assertEqual(self.probe(before=before), "signed")
+        seen = self.exchange.seen[-1]
+        self.assertEqual(seen.headers["Accept-Encoding"], "identity")
+        self.exchange.answer = (200, {"Content-Encoding": "gzip"}, ONE)
+        self.assertIn(
+            "UnknownOutcomeError: GET /api/v1/ping: HTTPException: "
+            "Content-Encoding gzip is not supported",
+            self.probe(before=before),
+        )
+        with mock.patch.dict(sys.modules, {"gzip": None}):
+            names = runpy.run_path(bpx.__file__)
+        self.assertEqual(names["_ACCEPT_ENCODING"], "identity")
 
     def test_where_no_thread_can_be_started(self):
         before = "import _thread; _thread.start_new_thread = None"
@@ -2146,7 +2739,8 @@ except bpx.NotSentError as error:
         # Nothing but finding and reading modules may be audited, and an
         # environment that is not there cannot be read.
         before = """
-import argparse, decimal, http.client, json, os, selectors, urllib.request
+import argparse, decimal, gzip, http.client, json, os, selectors
+import urllib.request
 os.environ = None
 def hook(event, args):
     if event.split(".")[0] in ("socket", "subprocess", "ssl", "os"):
@@ -2160,14 +2754,17 @@ raise SystemExit("loaded: %s" % [n for n in sys.modules if "nacl" in n])
 
 
 class Documents(ExchangeCase):
-    README = (HERE / "README.md").read_text(encoding="utf-8")
-
     def test_module(self):
-        self.assertEqual(doctest.testmod(bpx).failed, 0)
-        self.assertGreater(doctest.testmod(bpx).attempted, 3)
+        result = doctest.testmod(bpx)
+        self.assertEqual(result.failed, 0)
+        self.assertGreater(result.attempted, 5)
+
+    def test_version(self):
+        line = (HERE / "bpx.py").read_text(encoding="utf-8").splitlines()[0]
+        self.assertTrue(line.startswith(f"# bpx.py {bpx.__version__} - "))
 
     def test_readme(self):
-        blocks = re.findall("```python\n(.*?)```", self.README, re.S)
+        blocks = re.findall("```python\n(.*?)```", README, re.S)
         self.assertEqual(len(blocks), 7)
         for block in blocks:
             with self.subTest(block[:60]):
@@ -2184,16 +2781,16 @@ class Documents(ExchangeCase):
         self.exchange.answer = (200, {}, b"1750793021519")
         defaults = bpx.request.__kwdefaults__
         with mock.patch.dict(defaults, base_url=self.exchange.url):
-            with mock.patch.dict(os.environ, BPX_SECRET_KEY=GUIDE):
+            with mock.patch.dict(os.environ, BPX_SECRET_KEY=GUIDE_KEY):
                 with contextlib.redirect_stdout(io.StringIO()) as output:
                     exec(code, {})
         self.assertIn("1750793021519", output.getvalue())
 
     def test_the_two_commands(self):
-        lines = re.findall("(?m)^python3 -m venv.*", self.README)
+        lines = re.findall("(?m)^python3 -m venv.*", README)
         self.assertEqual(len(lines), 2)
         argv = shlex.split(lines[0].split(".venv/bin/python bpx.py ")[1])
-        status, output, errors = command(*argv, key=GUIDE)
+        status, output, errors = command(*argv, key=GUIDE_KEY)
         self.assertEqual((status, errors), (0, ""))
         self.assertIn("\ninstruction=orderExecute&orderType=Limit&", output)
 
