@@ -827,8 +827,8 @@ def _tls_context() -> Any:
 
 _PROXY_PATTERN = re.compile(
     r"(http://)?"
-    r"((?P<credentials>[^/]*)@)?"
-    r"(?P<host>[A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\])"
+    r"((?P<credentials>[^/]+)@)?"
+    r"(?P<host>[a-z0-9._-]+|\[[0-9a-f:.]+\])"
     r"(:(?P<port>[0-9]{1,5}))?/?",
     re.IGNORECASE,
 )
@@ -941,7 +941,7 @@ def _is_stale(sock: Any) -> bool:
 
 def _unpack(body: bytes, encoding: str) -> bytes:
     """Return a body without its Content-Encoding."""
-    if encoding == "identity" or not body:
+    if encoding == "identity":
         return body
     if encoding != _ACCEPT_ENCODING:
         raise http.client.HTTPException(
