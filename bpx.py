@@ -1252,7 +1252,9 @@ def _read_json(source: str, text: Union[str, bytes]) -> Any:
     try:
         return json.loads(text, object_pairs_hook=_unique_names)
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{source}: pass JSON ({_describe(error)})") from None
+        raise ValueError(
+            f"{source}: pass JSON ({_describe(error)})"
+        ) from error
 
 
 def _read_pair(pair: str) -> Tuple[str, Any]:
