@@ -44,10 +44,11 @@ Timestamps and windows are in milliseconds, timeouts in seconds. Keys and
 signatures are base64, text is UTF-8, prices and quantities are str or
 Decimal. Signing needs PyNaCl; everything else needs only Python 3.8.
 
-There are no functions for single operations, such as place_order: a call
-takes the method and the path of the operation. There are no WebSocket
-streams, no retries and no rate limits. The https proxy and SSL_CERT_FILE are
-taken from the environment.
+There are no functions for single operations, such as place_order: instead,
+you pass the method and the path of the operation. This module has no
+WebSocket streams, repeats nothing, and does not limit how often you send. It
+takes SSL_CERT_FILE and the https proxy from the environment (on Windows and
+macOS, the proxy also from the settings of the system).
 """
 
 import argparse
@@ -74,7 +75,7 @@ from urllib.request import Request
 try:
     import gzip
 except ImportError:  # Some Pythons are built without zlib.
-    _ACCEPT_ENCODING = "identity"  # send asks for a body as it is
+    _ACCEPT_ENCODING = "identity"  # send asks for an uncompressed body
 else:
     _ACCEPT_ENCODING = "gzip"  # send asks for a compressed body
 
@@ -108,8 +109,8 @@ BASE_URL = "https://api.backpack.exchange"
 DEFAULT_WINDOW = 5000  # milliseconds for which a signed request is valid
 MAX_WINDOW = 60000  # milliseconds, the exchange's limit
 DEFAULT_TIMEOUT = 10.0  # seconds for each step: to connect, send and receive
-MAX_IDLE = 15.0  # seconds for which a connection is kept between requests
-MAX_BODY = 16 * 1024 * 1024  # bytes of a body, compressed and unpacked
+MAX_IDLE = 15.0  # seconds after which an idle connection is not used again
+MAX_BODY = 16 * 1024 * 1024  # bytes of a body, before and after unpacking
 
 # The parameters of a request: None, a mapping of names to values, or (for a
 # batch of orders) a list or tuple of such mappings.
@@ -182,9 +183,9 @@ INSTRUCTIONS = {
 class BPXError(Exception):
     """The base class of the errors that send and request raise.
 
-    Its attribute request is the urllib.request.Request that failed. If
-    outcome_unknown is True, the exchange may have executed that request: see
-    UnknownOutcomeError before you repeat an order.
+    Its attribute request is the urllib.request.Request that failed, and
+    reason is a text. If outcome_unknown is True, the exchange may have
+    executed that request: see UnknownOutcomeError before you repeat an order.
     """
 
     outcome_unknown = False
@@ -206,7 +207,7 @@ class APIError(BPXError):
     status is an int, body is the decoded body, and headers are those of the
     response. code and message are body["code"] and body["message"], or None;
     if body is not a dict, message is body. outcome_unknown is True for 408
-    and 5xx, which a gateway may send although the exchange executes the
+    and 5xx: a gateway may send these even if the exchange executes the
     request.
     """
 
@@ -225,7 +226,8 @@ class APIError(BPXError):
             if isinstance(field, (str, int, float)):
                 reason += f" {field}"
         super().__init__(request, reason)
-        # pickle makes a copy by calling APIError(*self.args).
+        # BPXError set args to (request, reason), but pickle makes a copy of
+        # this error by calling APIError(*args).
         self.args = (request, status, body, headers)
 
 
@@ -239,8 +241,8 @@ class UnknownOutcomeError(BPXError):
     The exchange may have executed the request, so do not repeat an order
     before you have looked for it. Wait until timestamp + window has passed,
     because the exchange may accept the order until then. Then search for its
-    clientId: among the open orders with GET /api/v1/order, among the filled
-    and cancelled ones with GET /wapi/v1/history/orders.
+    clientId: GET /api/v1/order finds an open order, and
+    GET /wapi/v1/history/orders a filled or cancelled one.
     """
 
     outcome_unknown = True
@@ -257,14 +259,19 @@ def _describe(error: BaseException) -> str:
 
 
 def _number_or_type(value: Any) -> str:
-    """Return what an error message may show of a value.
+    """Return the text for a value in an error message.
 
-    That is a number itself, but only the type of anything else, because it
-    could be a secret.
+    A number is shown, but of anything else only the type, because it could
+    be a secret.
     """
     if isinstance(value, (int, float)):
         return repr(value)
     return type(value).__name__
+
+
+def _check_str(value: Any, place: str) -> None:
+    if not isinstance(value, str):
+        raise TypeError(f"{place}: pass a str, not {type(value).__name__}")
 
 
 # --- 1. Canonical string: pure text, no keys, no clock ---
@@ -280,19 +287,19 @@ _JSON_ENCODER = json.JSONEncoder(
 
 
 def _normalize_params(params: Any) -> List[Dict[str, Any]]:
-    """Return a list of normalized mappings: the batch, or params alone."""
-    if params is None:
-        return [{}]
+    """Return normalized mappings: one for each order of a batch, else one."""
     try:
-        if not isinstance(params, (list, tuple)):
-            return [_normalize_mapping(params, "params")]
-        mappings = [
-            _normalize_mapping(mapping, f"params[{index}]")
-            for index, mapping in enumerate(params)
-        ]
-    except RecursionError:
+        if isinstance(params, (list, tuple)):
+            mappings = [
+                _normalize_mapping(mapping, f"params[{index}]")
+                for index, mapping in enumerate(params)
+            ]
+        else:
+            mapping = {} if params is None else params
+            mappings = [_normalize_mapping(mapping, "params")]
+    except RecursionError:  # It is a RuntimeError too, so it comes first.
         raise ValueError("params: pass fewer levels of nesting") from None
-    except RuntimeError as error:  # "dictionary changed size during iteration"
+    except RuntimeError as error:  # Another thread has changed a mapping.
         raise ValueError(f"params: pass a copy, because {error}") from None
     if not mappings:
         raise ValueError("params: pass at least one order in a batch")
@@ -308,8 +315,8 @@ def _normalize_mapping(mapping: Any, place: str) -> Dict[str, Any]:
         )
     normalized = {}
     for name, value in mapping.items():
-        # ASCII text is normalized already. These two conditions are there
-        # only for speed: they save a tenth of the time to sign an order.
+        # Skip plain ASCII text, which is normalized already. This is only for
+        # speed: it saves a tenth of the time to sign an order.
         if type(name) is not str or not name.isascii():
             name = _normalize_name(name, place)
         if type(value) is not str or not value.isascii():
@@ -337,7 +344,7 @@ def _normalize_value(value: Any, place: str) -> Any:
     if isinstance(value, str):
         return _normalize_text(value, place)
     if isinstance(value, int):
-        return int.__int__(value)  # because a subclass may override it
+        return int.__int__(value)  # A subclass may have another __int__.
     if isinstance(value, Decimal):
         return _normalize_decimal(value, place)
     if isinstance(value, (list, tuple)):
@@ -356,8 +363,8 @@ def _normalize_value(value: Any, place: str) -> Any:
 
 
 def _normalize_text(text: str, place: str) -> str:
-    """Return a plain str of the same characters, which UTF-8 can encode."""
-    text = str.__str__(text)  # because a subclass may override it
+    """Return the text as a plain str; raise if UTF-8 cannot encode it."""
+    text = str.__str__(text)  # A subclass may have another __str__.
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -369,11 +376,11 @@ def _normalize_text(text: str, place: str) -> str:
 
 def _normalize_decimal(value: Decimal, place: str) -> str:
     """Return a Decimal in plain notation: 0.00000001 and not 1E-8."""
-    number = Decimal(value)  # because a subclass may override its methods
+    number = Decimal(value)  # A subclass may have other methods.
     if not number.is_finite():
         raise ValueError(f"{place}: pass a finite number, not {number}")
-    exponent = number.adjusted()  # of the first digit: 3 for 1234
-    if abs(exponent) >= 1000:  # 1E+999999999 would fill the memory.
+    power = number.adjusted()  # the power of ten of the first digit
+    if abs(power) >= 1000:  # 1E+999999999 would fill the memory.
         raise ValueError(
             f"{place}: pass a number from 1E-999 to 1E+999, not {number}"
         )
@@ -387,8 +394,8 @@ def _normalize_list(items: Any, place: str) -> List[Any]:
         value = _normalize_value(item, f"{place}[{index}]")
         if isinstance(value, (list, dict)):
             raise TypeError(
-                f"{place}[{index}]: pass a single value, not "
-                f"{type(item).__name__}, because it is within a list"
+                f"{place}[{index}]: pass a single value, because a list "
+                f"cannot hold a {type(item).__name__}"
             )
         if value is not None:
             normalized.append(value)
@@ -396,16 +403,16 @@ def _normalize_list(items: Any, place: str) -> List[Any]:
 
 
 def _name_value_pairs(mapping: Dict[str, Any]) -> List[Tuple[str, str]]:
-    """Return the names of a normalized mapping, sorted, with their texts."""
+    """Return a (name, text) pair for each value, sorted by name."""
     pairs = []
     for name in sorted(mapping):
         value = mapping[name]
-        if isinstance(value, str):
+        if isinstance(value, str):  # first, and without a call, for speed
             pairs.append((name, value))
         elif isinstance(value, list):
             # The exchange does not document how a list is signed. This
-            # implementation assumes that its name is repeated, as in the
-            # queries of public requests and in most other clients.
+            # implementation assumes one pair for each item (a=1&a=2), as in
+            # the queries of public requests and in most other clients.
             pairs.extend([(name, _value_text(item)) for item in value])
         else:
             pairs.append((name, _value_text(value)))
@@ -470,6 +477,9 @@ def canonical_string(
     batch of orders; a parameter that is None is left out. timestamp (Unix
     time) and window are in milliseconds.
 
+    How a list and a mapping within params are signed is an assumption: the
+    exchange does not document it.
+
     Nothing in the text is escaped. Therefore {"a": "1&b=2"} gives the same
     text as {"a": "1", "b": "2"}: never put untrusted text into a value.
 
@@ -493,11 +503,12 @@ def _from_base64(text: str) -> Optional[bytes]:
         data = base64.b64decode(text)
     except ValueError:
         return None
-    # b64decode skips characters that are not base64: compare to find them.
+    # b64decode ignores wrong characters. If there were any, encoding the
+    # data again gives another text.
     return data if _to_base64(data) == text else None
 
 
-@functools.lru_cache(maxsize=8)  # Loading a key takes as long as signing.
+@functools.lru_cache(maxsize=8)  # because it takes as long as signing
 def _load_signing_key(secret_key: str) -> Any:
     """Return the nacl.signing.SigningKey of a secret key."""
     try:
@@ -518,7 +529,7 @@ def _load_signing_key(secret_key: str) -> Any:
     return SigningKey(seed)
 
 
-def _sign_mappings(
+def _sign(
     instruction: str,
     mappings: List[Dict[str, Any]],
     secret_key: Any,
@@ -529,14 +540,11 @@ def _sign_mappings(
     if timestamp is None:
         timestamp = time.time_ns() // 1_000_000
     text = _make_canonical_string(instruction, mappings, timestamp, window)
-    if not isinstance(secret_key, str):
-        raise TypeError(
-            f"secret_key: pass a str, not {type(secret_key).__name__}"
-        )
+    _check_str(secret_key, "secret_key")
     signing_key = _load_signing_key(secret_key.strip())
     signature = signing_key.sign(text.encode()).signature
     return {
-        "X-API-Key": _to_base64(signing_key.verify_key.encode()),
+        "X-API-Key": _to_base64(bytes(signing_key.verify_key)),
         "X-Signature": _to_base64(signature),
         "X-Timestamp": str(timestamp),
         "X-Window": str(window),
@@ -563,7 +571,7 @@ def sign_request(
     is not installed. Source: docs.backpack.exchange, "Signature Generation".
     """
     mappings = _normalize_params(params)
-    return _sign_mappings(instruction, mappings, secret_key, timestamp, window)
+    return _sign(instruction, mappings, secret_key, timestamp, window)
 
 
 # --- 3. Request: for this module's send or for another client; no I/O ---
@@ -594,20 +602,18 @@ _RESERVED_HEADERS = (  # build_request, send or http.client sets these.
 
 
 def _check_method(method: Any) -> None:
-    if not isinstance(method, str):
-        raise TypeError(f"method: pass a str, not {type(method).__name__}")
+    _check_str(method, "method")
     if not _METHOD_PATTERN.fullmatch(method):
         raise ValueError(f"method: pass a word, such as 'GET', not {method!r}")
 
 
 def _check_path(path: Any) -> None:
-    if not isinstance(path, str):
-        raise TypeError(f"path: pass a str, not {type(path).__name__}")
+    _check_str(path, "path")
     if "://" in path or path.startswith("//"):
         # The message does not show the URL: it could hold a password.
         raise ValueError(
             "path: pass only the path of the URL, such as '/api/v1/order'; "
-            "its scheme and host are the base_url"
+            "pass the scheme and host as base_url"
         )
     if "?" in path:
         raise ValueError(
@@ -625,8 +631,7 @@ def _check_path(path: Any) -> None:
 
 def _check_base_url(base_url: Any) -> None:
     # No message shows the URL: it could hold a password.
-    if not isinstance(base_url, str):
-        raise TypeError(f"base_url: pass a str, not {type(base_url).__name__}")
+    _check_str(base_url, "base_url")
     match = _BASE_URL_PATTERN.fullmatch(base_url)
     if match is None:
         raise ValueError(
@@ -634,8 +639,8 @@ def _check_base_url(base_url: Any) -> None:
         )
     if match["scheme"] == "http" and match["host"] not in _LOOPBACK_HOSTS:
         raise ValueError(
-            "base_url: pass https; http, which is not encrypted, is only "
-            "for localhost, 127.0.0.1 and [::1]"
+            "base_url: pass https; http is allowed only for localhost, "
+            "127.0.0.1 and [::1]"
         )
     if match["port"] is not None and not 1 <= int(match["port"]) <= 65535:
         raise ValueError(
@@ -652,23 +657,20 @@ def _normalize_headers(headers: Any) -> Dict[str, str]:
             f"headers: pass a mapping, not {type(headers).__name__}"
         )
     normalized = {}
-    for name, value in dict(headers).items():  # a copy, which stays the same
+    # dict makes a copy, because another thread could change the headers.
+    for name, value in dict(headers).items():
         # No message shows a value: it could be a secret.
-        if not isinstance(name, str) or not _HEADER_NAME_PATTERN.fullmatch(
-            name
-        ):
+        is_str = isinstance(name, str)
+        if not is_str or not _HEADER_NAME_PATTERN.fullmatch(name):
             raise ValueError("headers: pass names of letters, digits and -")
         if name.lower() in _RESERVED_HEADERS:
             raise ValueError(
                 f"header {name}: leave it out, because bpx.py sets it"
             )
-        if not isinstance(value, str):
-            raise TypeError(
-                f"header {name}: pass a str, not {type(value).__name__}"
-            )
+        _check_str(value, f"header {name}")
         if not _HEADER_VALUE_PATTERN.fullmatch(value):
             raise ValueError(f"header {name}: pass printable ASCII text")
-        # A subclass of str may override its methods, so make plain ones.
+        # A subclass of str may have other methods, so make plain ones.
         normalized[str.__str__(name)] = str.__str__(value)
     return normalized
 
@@ -676,7 +678,10 @@ def _normalize_headers(headers: Any) -> Dict[str, str]:
 def _find_instruction(
     method: str, path: str, instruction: Optional[str], secret_key: Any
 ) -> Optional[str]:
-    """Return the instruction to sign with, or None for a public request."""
+    """Return the instruction to sign with, or None for a public request.
+
+    A signed request needs a secret_key, and a public one must have none.
+    """
     operation = method + " " + path
     if instruction is None:
         instruction = INSTRUCTIONS.get(operation)
@@ -720,11 +725,11 @@ def build_request(
 ) -> Request:
     """Return the whole request: its method, URL, headers and body.
 
-    GET sends params in its query, every other method in a JSON body. The
-    request is signed, as by sign_request, if instruction is passed or found
-    in INSTRUCTIONS. base_url must be https, or http on this machine.
-    headers are sent, but not signed. Raises what sign_request raises, and
-    TypeError or ValueError for any other argument that cannot be sent.
+    GET sends params in its query, every other method in a JSON body. If
+    instruction is passed, or found in INSTRUCTIONS, the request is signed as
+    by sign_request. base_url must be https, or http on this machine. headers
+    are sent, but not signed. Raises what sign_request raises, and TypeError
+    or ValueError for any other argument that cannot be sent.
     """
     _check_method(method)
     _check_path(path)
@@ -737,11 +742,10 @@ def build_request(
     instruction = _find_instruction(method, path, instruction, secret_key)
     if instruction is not None:
         all_headers.update(
-            _sign_mappings(
-                instruction, mappings, secret_key, timestamp, window
-            )
+            _sign(instruction, mappings, secret_key, timestamp, window)
         )
-    content = mappings if isinstance(params, (list, tuple)) else mappings[0]
+    is_batch = isinstance(params, (list, tuple))
+    content = mappings if is_batch else mappings[0]
     if method == "GET":
         return Request(url + _query(content), headers=all_headers)
     all_headers["Content-Type"] = "application/json; charset=utf-8"
@@ -749,7 +753,7 @@ def build_request(
     return Request(url, body, all_headers, method=method)
 
 
-# --- 4. Transport: sends a request once, over a connection that is kept ---
+# --- 4. Transport: sends a request once, and keeps the connection ---
 #
 # This part uses http.client, because urllib's own transport
 # - opens a new connection for each request, which takes two more round trips,
@@ -757,7 +761,7 @@ def build_request(
 # - has no timeout for a response as a whole.
 #
 # Each thread keeps one idle connection per origin (scheme, host and port).
-# After any failure a connection is closed, so that a late response cannot
+# After any failure, a connection is closed. Otherwise a late response could
 # be taken for the response to the next request.
 
 
@@ -774,50 +778,55 @@ class Response(NamedTuple):
 
 
 class _ResponseStream(io.RawIOBase):
-    """The bytes of one response, read from a socket.
+    """A stream of the bytes of one response.
 
-    It differs from the socket's own stream in two ways:
-    - The timeout of the socket is for the response as a whole. Otherwise it
-      would begin anew with each read, and a slow response could last forever.
-    - A closed connection is an EOFError. Otherwise http.client would take
-      headers that were cut off for complete ones.
+    http.client reads a response in many small steps from a stream of the
+    socket. This stream stands before that one, and differs in two ways:
+    - The timeout is for the whole response. With the socket's own stream,
+      each step would have the whole timeout again.
+    - The end of the connection is an EOFError. Otherwise http.client would
+      accept headers that were cut off as complete.
     """
 
-    def __init__(self, sock: Any, raw: io.RawIOBase) -> None:
-        self._sock = sock
-        self._raw = raw  # the socket's own stream
+    def __init__(self, sock: Any, socket_stream: io.RawIOBase) -> None:
+        # http.client makes this object when the request has been sent, and
+        # the timeout of the socket begins now.
         self._deadline = time.monotonic() + sock.gettimeout()
+        self._sock = sock
+        self._socket_stream = socket_stream
 
     def readable(self) -> bool:
         return True
 
     def readinto(self, buffer: Any) -> int:
+        """Read bytes into the buffer, and return how many they are."""
         remaining = self._deadline - time.monotonic()
         if remaining <= 0:
             raise TimeoutError("timed out")
         self._sock.settimeout(remaining)
-        size: int = self._raw.readinto(buffer)
+        size: int = self._socket_stream.readinto(buffer)
         if size == 0:
             raise EOFError("closed before the response was whole")
         return size
 
     def close(self) -> None:
-        self._raw.close()
+        self._socket_stream.close()
         super().close()
 
 
 class _TimedResponse(http.client.HTTPResponse):
-    """A response that must be received within the timeout of its socket."""
+    """A response of http.client that is read from a _ResponseStream."""
 
     def __init__(self, sock: Any, *args: Any, **options: Any) -> None:
         super().__init__(sock, *args, **options)
-        # HTTPResponse reads from self.fp, a buffer around the socket's own
-        # stream. Put a _ResponseStream between the two.
-        raw = self.fp.detach()
-        self.fp = io.BufferedReader(_ResponseStream(sock, raw))
+        # HTTPResponse reads from self.fp. Nothing has been read yet.
+        # Now:  self.fp is a buffer before the socket's stream.
+        # Then: self.fp is a buffer before a _ResponseStream before that.
+        socket_stream = self.fp.detach()
+        self.fp = io.BufferedReader(_ResponseStream(sock, socket_stream))
 
 
-@functools.lru_cache(maxsize=None)  # Loading the certificates takes long.
+@functools.lru_cache(maxsize=None)  # because loading certificates takes long
 def _tls_context() -> Any:
     """Return the ssl.SSLContext for all connections."""
     import ssl  # Imported here, because some Pythons are built without it.
@@ -867,32 +876,30 @@ def _new_connection(
         return http.client.HTTPConnection(request.host, timeout=timeout)
     context = _tls_context()
     proxy = _find_proxy(request.host)
-    if proxy is None:
-        return http.client.HTTPSConnection(
-            request.host, timeout=timeout, context=context
-        )
     connection = http.client.HTTPSConnection(
-        proxy.address, timeout=timeout, context=context
+        request.host if proxy is None else proxy.address,
+        timeout=timeout,
+        context=context,
     )
-    # The connection will speak plain HTTP to the proxy, ask it for a tunnel
-    # to request.host, and speak TLS with that host within the tunnel.
-    connection.set_tunnel(request.host, headers=proxy.headers)
+    if proxy is not None:
+        # This makes http.client speak plain HTTP to the proxy, ask it for a
+        # tunnel to request.host, and speak TLS with that host through it.
+        connection.set_tunnel(request.host, headers=proxy.headers)
     return connection
 
 
 def _connect(request: Request, timeout: float) -> http.client.HTTPConnection:
     """Return an open connection to the host of a request."""
     connection = _new_connection(request, timeout)
-    # Every response on this connection will be an object of this class.
+    # http.client makes each response from this class, a proxy's too.
     connection.response_class = _TimedResponse
     try:
         connection.connect()
     except BaseException:
         connection.close()
         raise
-    # Close the socket when the connection is no longer referred to, because
-    # its thread has ended, and when Python ends. Python would close it too,
-    # but with a ResourceWarning.
+    # Nobody closes an idle connection when its thread or Python ends. This
+    # closes its socket then; otherwise Python would show a ResourceWarning.
     weakref.finalize(connection, connection.sock.close)
     return connection
 
@@ -905,11 +912,25 @@ class _Idle(NamedTuple):
 class _ThreadConnections(threading.local):
     """The idle connections of each thread."""
 
-    def __init__(self) -> None:  # runs once in each thread
+    def __init__(self) -> None:  # threading.local calls it in each thread.
         self.by_origin: Dict[Any, _Idle] = {}
 
 
 _connections = _ThreadConnections()
+
+
+def _is_stale(sock: Any) -> bool:
+    """Return whether the socket of an idle connection can be read.
+
+    If it can, the server has closed the connection, or has sent bytes that
+    belong to no request. In both cases, it must not be used again.
+    """
+    # Bytes that TLS has already taken from the network and decrypted:
+    if hasattr(sock, "pending") and sock.pending():
+        return True
+    with selectors.DefaultSelector() as selector:
+        selector.register(sock, selectors.EVENT_READ)
+        return bool(selector.select(timeout=0))
 
 
 def _take_idle_connection(
@@ -926,74 +947,71 @@ def _take_idle_connection(
     return idle.connection
 
 
-def _is_stale(sock: Any) -> bool:
-    """Return whether an idle connection must not be used again.
-
-    The server may have closed it, or sent bytes that belong to no request.
-    In both cases, something can be read from its socket.
-    """
-    if hasattr(sock, "pending") and sock.pending():  # bytes kept by TLS
-        return True
-    with selectors.DefaultSelector() as selector:
-        selector.register(sock, selectors.EVENT_READ)
-        return bool(selector.select(timeout=0))
-
-
-def _unpack(body: bytes, encoding: str) -> bytes:
-    """Return a body without its Content-Encoding."""
-    if encoding == "identity":
-        return body
-    if encoding != _ACCEPT_ENCODING:
-        raise http.client.HTTPException(
-            f"Content-Encoding {encoding} is not supported"
-        )
-    with gzip.GzipFile(fileobj=io.BytesIO(body)) as file:
-        unpacked = file.read(MAX_BODY + 1)
-    if len(unpacked) > MAX_BODY:
+def _check_size(body: Union[bytes, bytearray]) -> None:
+    if len(body) > MAX_BODY:
         raise http.client.HTTPException("the body is larger than MAX_BODY")
-    return unpacked
 
 
-def _read_body(response: http.client.HTTPResponse) -> bytes:
-    """Return the unpacked body; raise an error unless it is whole."""
-    if response.status < 200:
-        raise http.client.HTTPException(f"unexpected status {response.status}")
+def _read_packed_body(response: http.client.HTTPResponse) -> bytes:
+    """Return the body as it was sent; raise an error unless it is whole."""
     declared = response.headers.get_all("Content-Length", [])
     declared += response.headers.get_all("Transfer-Encoding", [])
     if len(declared) > 1:
         raise http.client.HTTPException(
             "more than one Content-Length or Transfer-Encoding"
         )
+    # A body without either of them ends where the server closes the
+    # connection. That could also be a body that was cut off, so it is
+    # accepted only if the status is not 2xx.
+    may_end_by_close = not declared and response.status >= 300
     body = bytearray()
     while True:
         try:
-            # Unlike read, read1 keeps what has come before an EOFError.
+            # Unlike read, read1 does not lose what came before an EOFError.
             part = response.read1(65536)
-        except EOFError:  # The server closed the connection.
-            # Only an error response without a declared length may end so.
-            # Any other body may have been cut off.
-            if declared or response.status < 300:
-                raise
-            break
-        if not part:
-            break
+        except EOFError:
+            if may_end_by_close:
+                return bytes(body)
+            raise
+        if not part:  # the declared end
+            return bytes(body)
         body += part
-        if len(body) > MAX_BODY:
-            raise http.client.HTTPException("the body is larger than MAX_BODY")
+        _check_size(body)
+
+
+def _read_body(response: http.client.HTTPResponse) -> bytes:
+    """Return the whole body, unpacked; raise an error if that fails."""
+    packed = _read_packed_body(response)
     encodings = response.headers.get_all("Content-Encoding", ["identity"])
-    return _unpack(bytes(body), ", ".join(encodings).lower())
+    encoding = ", ".join(encodings).lower()
+    if encoding == "identity":
+        return packed
+    # Without gzip, _ACCEPT_ENCODING is "identity", so this always raises.
+    if encoding != _ACCEPT_ENCODING:
+        raise http.client.HTTPException(
+            f"Content-Encoding {encoding} is not supported"
+        )
+    with gzip.GzipFile(fileobj=io.BytesIO(packed)) as file:
+        body = file.read(MAX_BODY + 1)  # A byte more shows that it is larger.
+    _check_size(body)
+    return body
 
 
 def _receive(connection: http.client.HTTPConnection) -> Response:
     """Return the response to a request that was sent."""
     with connection.getresponse() as response:
+        if response.status < 200:  # http.client skips no other than 100.
+            raise http.client.HTTPException(
+                f"unexpected status {response.status}"
+            )
         try:
             body = _read_body(response)
         except Exception:
             if response.status < 300:
                 raise
-            body = b""  # For an error, the status is enough.
-            connection.close()
+            # The status says that the request failed, even without a body.
+            body = b""
+            connection.close()  # The rest of the body may still come.
     return Response(response.status, response.headers, body)
 
 
@@ -1002,6 +1020,7 @@ def _send_and_receive(
 ) -> Response:
     """Send a request once and return its response."""
     try:
+        # This is also the timeout from which _ResponseStream begins.
         connection.sock.settimeout(timeout)
         connection.request(
             request.get_method(),
@@ -1014,21 +1033,22 @@ def _send_and_receive(
         connection.close()  # A late response must not reach the next request.
         raise
     if response.status == 408:
-        # A server may send it to an idle connection, before our request, whose
-        # own response could then come later.
+        # A server may send 408 because the connection was idle, before it
+        # sees this request. The response to this request could still follow.
         connection.close()
     return response
 
 
 def send(request: Request, *, timeout: float = DEFAULT_TIMEOUT) -> Response:
-    """Send, once, a request made by build_request; return its response.
+    """Send a request of build_request once, and return its response.
 
     The response may have any status. If the status is not 2xx and the body
     cannot be read, the body is empty. timeout is in seconds, for each step:
     to connect, to send, and to receive the whole response.
 
     Raises NotSentError or UnknownOutcomeError. Raises ValueError if timeout
-    is not a number above 0 and up to 86400 (a day).
+    is not a number above 0 and up to 86400 (a day). An interrupt passes
+    through: treat it like an UnknownOutcomeError.
     """
     if (
         isinstance(timeout, bool)
@@ -1052,7 +1072,9 @@ def send(request: Request, *, timeout: float = DEFAULT_TIMEOUT) -> Response:
         response = _send_and_receive(connection, request, timeout)
     except Exception as error:
         raise UnknownOutcomeError(request, _describe(error)) from error
-    if connection.sock is not None:  # Nothing has closed it: keep it.
+    # http.client sets sock to None when a connection is closed: here after
+    # "Connection: close", after 408, or if a body could not be read.
+    if connection.sock is not None:
         _connections.by_origin[origin] = _Idle(connection, time.monotonic())
     return response
 
@@ -1069,6 +1091,18 @@ def _decode(body: bytes) -> Any:
         return json.loads(text)
     except (ValueError, RecursionError):
         return text
+
+
+def _result(request: Request, response: Response) -> Any:
+    """Return the decoded body of a response, or raise APIError."""
+    try:
+        body = _decode(response.body)
+    except MemoryError as error:
+        # The request has been sent, so this must not be a plain MemoryError.
+        raise UnknownOutcomeError(request, _describe(error)) from error
+    if not 200 <= response.status < 300:
+        raise APIError(request, response.status, body, response.headers)
+    return body
 
 
 def request(
@@ -1105,14 +1139,7 @@ def request(
         base_url=base_url,
         headers=headers,
     )
-    response = send(built, timeout=timeout)
-    try:
-        body = _decode(response.body)
-    except MemoryError as error:  # The request has been sent already.
-        raise UnknownOutcomeError(built, _describe(error)) from error
-    if not 200 <= response.status < 300:
-        raise APIError(built, response.status, body, response.headers)
-    return body
+    return _result(built, send(built, timeout=timeout))
 
 
 def get(path: str, params: Params = None, **options: Any) -> Any:
@@ -1149,12 +1176,12 @@ example:
 
 exit status:
   0  success
-  1  APIError: the response has a status other than 2xx, 408 and 5xx
+  1  APIError: the exchange has refused the request
   2  a wrong argument, or a missing key or module: nothing was sent
   3  NotSentError: nothing was sent
-  4  the exchange may have executed the request: UnknownOutcomeError, an
-     APIError of 408 or 5xx, an interrupt, or a response that could not be
-     printed
+  4  The exchange may have executed the request. This is the status after an
+     UnknownOutcomeError, an APIError with the status 408 or 5xx, an
+     interrupt, or a response that could not be printed.
 """
 _SHOWN_HEADERS = (
     "User-Agent",
@@ -1202,12 +1229,13 @@ def _make_parser() -> argparse.ArgumentParser:
         help="print the request and its canonical string; send nothing",
     )
     add("--version", action="version", version=f"bpx.py {__version__}")
-    _add_options(add)
+    _add_options(parser)
     return parser
 
 
-def _add_options(add: Any) -> None:
+def _add_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of build_request and send."""
+    add = parser.add_argument
     add(
         "--instruction",
         metavar="NAME",
@@ -1238,11 +1266,11 @@ def _add_options(add: Any) -> None:
 
 
 def _unique_names(pairs: List[Tuple[str, Any]]) -> Dict[str, Any]:
-    """Return the dict of a JSON object; raise if a name is repeated."""
+    """Return the dict of these pairs; raise if a name is repeated."""
     mapping = {}
     for name, value in pairs:
         if name in mapping:
-            raise ValueError(f"duplicate name {name!r}")
+            raise ValueError(f"pass the name {name!r} only once")
         mapping[name] = value
     return mapping
 
@@ -1269,12 +1297,10 @@ def _read_pair(pair: str) -> Tuple[str, Any]:
 
 def _read_params(args: argparse.Namespace) -> Any:
     """Return the parameters: the pairs, or the value of --json."""
-    pairs = [_read_pair(pair) for pair in args.pairs]
-    params = dict(pairs)
-    if len(params) < len(pairs) or (pairs and args.json is not None):
-        raise ValueError("pass each parameter once, as name=text or in --json")
     if args.json is None:
-        return params
+        return _unique_names([_read_pair(pair) for pair in args.pairs])
+    if args.pairs:
+        raise ValueError("pass either name=text parameters or --json")
     if args.json == "-":
         return _read_json("standard input", sys.stdin.buffer.read())
     return _read_json("--json", args.json)
@@ -1342,30 +1368,34 @@ def _run(args: argparse.Namespace) -> Any:
 
 
 def _discard_output() -> None:
-    """Send what is still to be printed to the null device.
+    """Point standard output at the null device, after printing has failed.
 
-    Python prints it when it ends, and would fail if that is not possible.
+    Otherwise Python, when it ends, would try again to write what is still in
+    its buffer, and fail again.
     """
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    standard_output = 1
+    os.dup2(os.open(os.devnull, os.O_WRONLY), standard_output)
 
 
 def _print(result: Any, is_dry_run: bool) -> None:
-    """Print a result; if that fails, exit with 2 for a dry run, else 4."""
+    """Print a result, or exit with an error."""
     try:
         text = result if is_dry_run else json.dumps(result, indent=2)
         print(text, flush=True)
-    except BrokenPipeError:  # no failure: "| head" stops reading early
+    except BrokenPipeError:  # no error: "| head" stops reading early
         _discard_output()
     except (Exception, KeyboardInterrupt) as error:
         _discard_output()
-        _exit(2 if is_dry_run else 4, f"cannot print: {_describe(error)}")
+        status = 2 if is_dry_run else 4  # Otherwise the request was sent.
+        _exit(status, f"cannot print: {_describe(error)}")
 
 
 def main(argv: Optional[Sequence[str]] = None) -> None:
-    """Run the command line; on failure, exit with a status of --help.
+    """Run the command line; if it fails, exit with a status as in --help.
 
     argv is a list of str, by default sys.argv[1:].
     """
+    # Intermixed: options may stand between the parameters.
     args = _make_parser().parse_intermixed_args(argv)
     try:
         result = _dry_run(args) if args.dry_run else _run(args)
@@ -1377,7 +1407,7 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
         _exit(1, _describe(error))
     except KeyboardInterrupt:
         _exit(4, "interrupted (if it was sent, it may have been executed)")
-    except Exception as error:  # The errors after sending are all above.
+    except Exception as error:  # Only errors before sending come here.
         _exit(2, _describe(error))
     _print(result, args.dry_run)
 

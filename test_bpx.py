@@ -320,7 +320,7 @@ ANY = ": pass a str, bool, int, Decimal, Enum member, list or mapping, not "
 FLOAT = ": pass a str or Decimal, not the float {}, because floats are not exact (0.1 + 0.2 is not 0.3)"
 RANGE = ": pass a number from 1E-999 to 1E+999, not "
 UTF_8 = ": pass text that UTF-8 can encode, without surrogates"
-IN_LIST = ": pass a single value, not {}, because it is within a list"
+IN_LIST = ": pass a single value, because a list cannot hold a {}"
 MAPPING = ": pass a mapping of names to values, not "
 NAMES = ": pass names as str, not "
 BAD_PARAMS = [
@@ -401,12 +401,12 @@ BAD_KEYS = [
     (5, "secret_key: pass a str, not int"),
 ]
 METHOD = "method: pass a word, such as 'GET', not {!r}"
-URL_AS_PATH = "path: pass only the path of the URL, such as '/api/v1/order'; its scheme and host are the base_url"
+URL_AS_PATH = "path: pass only the path of the URL, such as '/api/v1/order'; pass the scheme and host as base_url"
 QUERY_IN_PATH = "path: pass the query as params, not within the path {!r}"
 SLASH = "path: begin with a slash, as in '/api/v1/order', not {!r}"
 PATH = "path: use only letters, digits and - . _ ~ % /, not {!r}"
 BASE_URL = "base_url: pass https://HOST, with a port and a path if needed"
-HTTPS = "base_url: pass https; http, which is not encrypted, is only for localhost, 127.0.0.1 and [::1]"
+HTTPS = "base_url: pass https; http is allowed only for localhost, 127.0.0.1 and [::1]"
 PORT = "base_url: pass a port from 1 to 65535, not "
 HEADER_NAMES = "headers: pass names of letters, digits and -"
 RESERVED = "header {}: leave it out, because bpx.py sets it"
@@ -2137,14 +2137,14 @@ example:
 
 exit status:
   0  success
-  1  APIError: the response has a status other than 2xx, 408 and 5xx
+  1  APIError: the exchange has refused the request
   2  a wrong argument, or a missing key or module: nothing was sent
   3  NotSentError: nothing was sent
-  4  the exchange may have executed the request: UnknownOutcomeError, an
-     APIError of 408 or 5xx, an interrupt, or a response that could not be
-     printed
+  4  The exchange may have executed the request. This is the status after an
+     UnknownOutcomeError, an APIError with the status 408 or 5xx, an
+     interrupt, or a response that could not be printed.
 """
-ONCE = "ValueError: pass each parameter once, as name=text or in --json"
+BOTH_WAYS = "ValueError: pass either name=text parameters or --json"
 # fmt: off
 # Arguments, pattern of the line on standard error.
 USAGES = [
@@ -2158,11 +2158,11 @@ USAGES = [
     (["POST", "/p", "--json", "5"], "TypeError: params: pass a mapping "),
     (
         ["POST", "/p", "--json", '[{"a": {"b": 1, "b": 2}}]'],
-        "ValueError: --json: pass JSON .ValueError: duplicate name 'b'.$",
+        "ValueError: --json: pass JSON .ValueError: pass the name 'b' only once.$",
     ),
     (
         ["POST", "/p", 'a:={"b": 1, "c": 2, "b": 1}'],
-        "ValueError: a:={.*}: pass JSON .ValueError: duplicate name 'b'.$",
+        "ValueError: a:={.*}: pass JSON .ValueError: pass the name 'b' only once.$",
     ),
     (["POST", "/p", "price:=0.1"], "TypeError: params.price: pass a str "),
     (["GET", "/p", "--xy", "{}"], "unrecognized arguments: --xy"),
@@ -2171,9 +2171,9 @@ USAGES = [
     (["GET", "/p", "--timeout", "0"], "ValueError: timeout: "),
     (["GET", "/p", "--base-url", "http://a.example"], "ValueError: base_url: "),
     (["GET", "/p?a=b"], "ValueError: path: pass the query as params, "),
-    (["POST", "/p", "a=b", "--json", "{}"], ONCE + "$"),
-    (["POST", "/p", "a=b", "--json", ""], ONCE + "$"),
-    (["POST", "/p", "a=b", "a=c"], ONCE + "$"),
+    (["POST", "/p", "a=b", "--json", "{}"], BOTH_WAYS + "$"),
+    (["POST", "/p", "a=b", "--json", ""], BOTH_WAYS + "$"),
+    (["POST", "/p", "a=b", "a=c"], "ValueError: pass the name 'a' only once$"),
 ]
 # fmt: on
 
