@@ -577,7 +577,7 @@ def sign_request(
 # --- 3. Request: for this module's send or for another client; no I/O ---
 
 _METHOD_PATTERN = re.compile("[A-Za-z]+")
-_PATH_PATTERN = re.compile("/[A-Za-z0-9_./~%-]*")
+_PATH_PATTERN = re.compile("[A-Za-z0-9_./~%-]+")
 _BASE_URL_PATTERN = re.compile(
     r"(?P<scheme>https?)://"
     r"(?P<host>[A-Za-z0-9.-]+|\[[0-9A-Fa-f:.]+\])"
@@ -1208,7 +1208,6 @@ class _ArgumentParser(argparse.ArgumentParser):
 
 def _make_parser() -> argparse.ArgumentParser:
     parser = _ArgumentParser(
-        prog="bpx.py",
         usage=_USAGE,
         description="Send a request to Backpack Exchange.",
         epilog=_EPILOG,

@@ -223,7 +223,7 @@ def lie(self, *args):
 class LyingStr(str):
     """Converts itself to something else than its characters."""
 
-    __str__ = __repr__ = __format__ = encode = isascii = lie
+    __str__ = __repr__ = __format__ = encode = isascii = capitalize = lie
 
 
 class LyingInt(int):
@@ -509,6 +509,7 @@ CHARACTERS = [
     ("base_url", "https://[::{}]", DIGITS + "ABCDEFabcdef"),
     ("base_url", "http://localhost{}", "/"),
     ("base_url", "http{}://localhost", "s"),
+    ("base_url", "https{}://localhost", ""),
     ("header name", "{}A A{}A A{}", LETTERS + DIGITS + "-"),
     ("header value", "{}a a{}a a{}", PRINTABLE),
 ]
@@ -1565,6 +1566,7 @@ REASONS = [
     ("HTTPException: the body is larger than MAX_BODY", [LENGTH % 100001 + bytes(100001)]),
     ("HTTPException: the body is larger than MAX_BODY", [packed(bytes(100001))]),
     ("HTTPException: Content-Encoding br is not supported", [sized(HEAD + b"Content-Encoding: BR\r\n", b"{}")]),
+    ("HTTPException: Content-Encoding gzip, gzip is not supported", [sized(HEAD + PACKED * 2, b"")]),
     ("HTTPException: unexpected status 101", [b"HTTP/1.1 101 Switching\r\n\r\n"]),
 ]
 # Reason, script, whether it comes back. MAX_BODY is 100000 bytes, which is
@@ -1820,6 +1822,14 @@ class Transport(SecretsCase):
                             bpx.send(built, timeout=5)
                 self.assertEqual(self.ask(server.url), 2 - comes_back)
 
+    def test_no_more_than_needed_is_unpacked(self):
+        read = gzip.GzipFile.read
+        with ScriptedServer([packed(b"1")]) as server, mock.patch.object(
+            gzip.GzipFile, "read", autospec=True, side_effect=read
+        ) as spy:
+            self.assertEqual(self.order(server.url), 1)
+            self.assertEqual(spy.call_args[0][1], bpx.MAX_BODY + 1)
+
     def test_whole_responses(self):
         for kind, row in itertools.product(BOTH, WHOLE):
             reason, script, answer, connection = row
@@ -1992,8 +2002,9 @@ class Transport(SecretsCase):
     def test_debugging(self):
         with mock.patch("http.client.HTTPConnection.debuglevel", 1):
             with ScriptedServer() as server:
-                with contextlib.redirect_stdout(io.StringIO()):
+                with contextlib.redirect_stdout(io.StringIO()) as output:
                     self.assertEqual(self.ask(server.url), 1)
+        self.assertIn("reply: 'HTTP/1.1 200 OK", output.getvalue())
 
     def test_one_timeout_for_all_of_a_response(self):
         with ScriptedServer([HEAD, 0.4, b"A: b\r\n", 1]) as server:
