@@ -46,9 +46,9 @@ Decimal. Signing needs PyNaCl; everything else needs only Python 3.8.
 
 There are no functions for single operations, such as place_order: instead,
 you pass the method and the path of the operation. This module has no
-WebSocket streams, repeats nothing, and does not limit how often you send. It
-takes SSL_CERT_FILE and the https proxy from the environment (on Windows and
-macOS, the proxy also from the settings of the system).
+WebSocket streams, never repeats a request, and has no rate limiter. It takes
+SSL_CERT_FILE and the https proxy from the environment (on Windows and macOS,
+the proxy also from the settings of the system).
 """
 
 import argparse
@@ -110,7 +110,7 @@ DEFAULT_WINDOW = 5000  # milliseconds for which a signed request is valid
 MAX_WINDOW = 60000  # milliseconds, the exchange's limit
 DEFAULT_TIMEOUT = 10.0  # seconds for each step: to connect, send and receive
 MAX_IDLE = 15.0  # seconds after which an idle connection is not used again
-MAX_BODY = 16 * 1024 * 1024  # bytes of a body, before and after unpacking
+MAX_BODY = 16 * 1024 * 1024  # bytes of a body, packed and unpacked
 
 # The parameters of a request: None, a mapping of names to values, or (for a
 # batch of orders) a list or tuple of such mappings.
@@ -205,10 +205,10 @@ class APIError(BPXError):
     """The response has a status other than 2xx.
 
     status is an int, body is the decoded body, and headers are those of the
-    response. code and message are body["code"] and body["message"], or None;
-    if body is not a dict, message is body. outcome_unknown is True for 408
-    and 5xx: a gateway may send these even if the exchange executes the
-    request.
+    response. If body is a dict, code and message are its entries with these
+    names, or None; otherwise code is None, and message is body.
+    outcome_unknown is True for 408 and 5xx: a gateway may send these even if
+    the exchange executes the request.
     """
 
     def __init__(
@@ -259,10 +259,10 @@ def _describe(error: BaseException) -> str:
 
 
 def _number_or_type(value: Any) -> str:
-    """Return the text for a value in an error message.
+    """Describe a value that is refused, for an error message.
 
-    A number is shown, but of anything else only the type, because it could
-    be a secret.
+    Numbers are shown. Of anything else, only the type is shown, because the
+    value could be a secret.
     """
     if isinstance(value, (int, float)):
         return repr(value)
@@ -287,7 +287,10 @@ _JSON_ENCODER = json.JSONEncoder(
 
 
 def _normalize_params(params: Any) -> List[Dict[str, Any]]:
-    """Return normalized mappings: one for each order of a batch, else one."""
+    """Return a list of normalized mappings.
+
+    It has one for each order of a batch, or only one if params is no batch.
+    """
     try:
         if isinstance(params, (list, tuple)):
             mappings = [
@@ -315,11 +318,11 @@ def _normalize_mapping(mapping: Any, place: str) -> Dict[str, Any]:
         )
     normalized = {}
     for name, value in mapping.items():
-        # Skip plain ASCII text, which is normalized already. This is only for
-        # speed: it saves a tenth of the time to sign an order.
-        if type(name) is not str or not name.isascii():
+        # Plain ASCII text is normalized already, so nothing is called for it.
+        # This saves a tenth of the time to sign an order.
+        if not (type(name) is str and name.isascii()):
             name = _normalize_name(name, place)
-        if type(value) is not str or not value.isascii():
+        if not (type(value) is str and value.isascii()):
             value = _normalize_value(value, f"{place}.{name}")
         if value is not None:
             normalized[name] = value
@@ -344,7 +347,7 @@ def _normalize_value(value: Any, place: str) -> Any:
     if isinstance(value, str):
         return _normalize_text(value, place)
     if isinstance(value, int):
-        return int.__int__(value)  # A subclass may have another __int__.
+        return int.__int__(value)  # This makes a plain int of a subclass.
     if isinstance(value, Decimal):
         return _normalize_decimal(value, place)
     if isinstance(value, (list, tuple)):
@@ -364,7 +367,7 @@ def _normalize_value(value: Any, place: str) -> Any:
 
 def _normalize_text(text: str, place: str) -> str:
     """Return the text as a plain str; raise if UTF-8 cannot encode it."""
-    text = str.__str__(text)  # A subclass may have another __str__.
+    text = str.__str__(text)  # This makes a plain str of a subclass.
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -376,7 +379,7 @@ def _normalize_text(text: str, place: str) -> str:
 
 def _normalize_decimal(value: Decimal, place: str) -> str:
     """Return a Decimal in plain notation: 0.00000001 and not 1E-8."""
-    number = Decimal(value)  # A subclass may have other methods.
+    number = Decimal(value)  # This makes a plain Decimal of a subclass.
     if not number.is_finite():
         raise ValueError(f"{place}: pass a finite number, not {number}")
     power = number.adjusted()  # the power of ten of the first digit
@@ -407,7 +410,7 @@ def _name_value_pairs(mapping: Dict[str, Any]) -> List[Tuple[str, str]]:
     pairs = []
     for name in sorted(mapping):
         value = mapping[name]
-        if isinstance(value, str):  # first, and without a call, for speed
+        if isinstance(value, str):  # the usual case, here for speed
             pairs.append((name, value))
         elif isinstance(value, list):
             # The exchange does not document how a list is signed. This
@@ -428,8 +431,8 @@ def _value_text(value: Any) -> str:
     if isinstance(value, int):
         return str(value)
     # The exchange does not document how an object is signed. This
-    # implementation assumes its JSON text, because the exchange's Rust
-    # client signs the JSON text of every field.
+    # implementation assumes its compact JSON, because the exchange's Rust
+    # client signs a field by its JSON text (a string without its quotes).
     return _JSON_ENCODER.encode(value)
 
 
@@ -477,8 +480,8 @@ def canonical_string(
     batch of orders; a parameter that is None is left out. timestamp (Unix
     time) and window are in milliseconds.
 
-    How a list and a mapping within params are signed is an assumption: the
-    exchange does not document it.
+    The exchange does not document how a list or a mapping within params is
+    signed; the form used here is an assumption.
 
     Nothing in the text is escaped. Therefore {"a": "1&b=2"} gives the same
     text as {"a": "1", "b": "2"}: never put untrusted text into a value.
@@ -508,7 +511,7 @@ def _from_base64(text: str) -> Optional[bytes]:
     return data if _to_base64(data) == text else None
 
 
-@functools.lru_cache(maxsize=8)  # because it takes as long as signing
+@functools.lru_cache(maxsize=8)  # Loading a key takes as long as signing.
 def _load_signing_key(secret_key: str) -> Any:
     """Return the nacl.signing.SigningKey of a secret key."""
     try:
@@ -670,7 +673,7 @@ def _normalize_headers(headers: Any) -> Dict[str, str]:
         _check_str(value, f"header {name}")
         if not _HEADER_VALUE_PATTERN.fullmatch(value):
             raise ValueError(f"header {name}: pass printable ASCII text")
-        # A subclass of str may have other methods, so make plain ones.
+        # This makes a plain str of a subclass.
         normalized[str.__str__(name)] = str.__str__(value)
     return normalized
 
@@ -778,22 +781,24 @@ class Response(NamedTuple):
 
 
 class _ResponseStream(io.RawIOBase):
-    """A stream of the bytes of one response.
+    """A stream that wraps the raw stream of a socket, for one response.
 
-    http.client reads a response in many small steps from a stream of the
-    socket. This stream stands before that one, and differs in two ways:
-    - The timeout is for the whole response. With the socket's own stream,
-      each step would have the whole timeout again.
-    - The end of the connection is an EOFError. Otherwise http.client would
-      accept headers that were cut off as complete.
+    http.client reads a response from HTTPResponse.fp, in many small steps.
+    - As http.client makes it, fp is BufferedReader(raw stream).
+    - In this module, fp is BufferedReader(_ResponseStream(raw stream)).
+
+    The wrapper changes two things:
+    - The timeout of the socket is for the whole response. Without the
+      wrapper, it would start again with every step.
+    - If the connection is closed, it raises EOFError. Without the wrapper,
+      http.client would take headers that were cut off as complete.
     """
 
-    def __init__(self, sock: Any, socket_stream: io.RawIOBase) -> None:
-        # http.client makes this object when the request has been sent, and
-        # the timeout of the socket begins now.
+    def __init__(self, sock: Any, raw_stream: io.RawIOBase) -> None:
+        # This is called just after the request was sent.
         self._deadline = time.monotonic() + sock.gettimeout()
         self._sock = sock
-        self._socket_stream = socket_stream
+        self._raw_stream = raw_stream
 
     def readable(self) -> bool:
         return True
@@ -804,13 +809,13 @@ class _ResponseStream(io.RawIOBase):
         if remaining <= 0:
             raise TimeoutError("timed out")
         self._sock.settimeout(remaining)
-        size: int = self._socket_stream.readinto(buffer)
+        size: int = self._raw_stream.readinto(buffer)
         if size == 0:
             raise EOFError("closed before the response was whole")
         return size
 
     def close(self) -> None:
-        self._socket_stream.close()
+        self._raw_stream.close()
         super().close()
 
 
@@ -819,11 +824,9 @@ class _TimedResponse(http.client.HTTPResponse):
 
     def __init__(self, sock: Any, *args: Any, **options: Any) -> None:
         super().__init__(sock, *args, **options)
-        # HTTPResponse reads from self.fp. Nothing has been read yet.
-        # Now:  self.fp is a buffer before the socket's stream.
-        # Then: self.fp is a buffer before a _ResponseStream before that.
-        socket_stream = self.fp.detach()
-        self.fp = io.BufferedReader(_ResponseStream(sock, socket_stream))
+        # The buffer of self.fp is still empty, so detach loses nothing.
+        raw_stream = self.fp.detach()
+        self.fp = io.BufferedReader(_ResponseStream(sock, raw_stream))
 
 
 @functools.lru_cache(maxsize=None)  # because loading certificates takes long
@@ -891,15 +894,16 @@ def _new_connection(
 def _connect(request: Request, timeout: float) -> http.client.HTTPConnection:
     """Return an open connection to the host of a request."""
     connection = _new_connection(request, timeout)
-    # http.client makes each response from this class, a proxy's too.
+    # http.client uses this class for every response, also for a proxy's.
     connection.response_class = _TimedResponse
     try:
         connection.connect()
     except BaseException:
         connection.close()
         raise
-    # Nobody closes an idle connection when its thread or Python ends. This
-    # closes its socket then; otherwise Python would show a ResourceWarning.
+    # When a thread or Python ends, its idle connections are not closed but
+    # deleted, and Python would give a ResourceWarning for their sockets. So
+    # close the socket when the connection is deleted.
     weakref.finalize(connection, connection.sock.close)
     return connection
 
@@ -952,47 +956,55 @@ def _check_size(body: Union[bytes, bytearray]) -> None:
         raise http.client.HTTPException("the body is larger than MAX_BODY")
 
 
-def _read_packed_body(response: http.client.HTTPResponse) -> bytes:
-    """Return the body as it was sent; raise an error unless it is whole."""
+def _has_declared_length(response: http.client.HTTPResponse) -> bool:
+    """Return whether the headers tell where the body ends."""
     declared = response.headers.get_all("Content-Length", [])
     declared += response.headers.get_all("Transfer-Encoding", [])
     if len(declared) > 1:
         raise http.client.HTTPException(
             "more than one Content-Length or Transfer-Encoding"
         )
-    # A body without either of them ends where the server closes the
-    # connection. That could also be a body that was cut off, so it is
-    # accepted only if the status is not 2xx.
-    may_end_by_close = not declared and response.status >= 300
+    return len(declared) == 1
+
+
+def _read_packed_body(response: http.client.HTTPResponse) -> bytes:
+    """Return the body before unpacking; raise an error if it was cut off.
+
+    A body without a declared length ends when the server closes the
+    connection. A body that was cut off looks the same, so this is accepted
+    only if the status is not 2xx.
+    """
+    is_success = response.status < 300
+    may_end_by_close = not _has_declared_length(response) and not is_success
     body = bytearray()
     while True:
         try:
-            # Unlike read, read1 does not lose what came before an EOFError.
+            # read1 returns what has come; read would lose it at an EOFError.
             part = response.read1(65536)
-        except EOFError:
+        except EOFError:  # The server has closed the connection.
             if may_end_by_close:
                 return bytes(body)
             raise
-        if not part:  # the declared end
+        if not part:  # This is the declared end.
             return bytes(body)
         body += part
         _check_size(body)
 
 
 def _read_body(response: http.client.HTTPResponse) -> bytes:
-    """Return the whole body, unpacked; raise an error if that fails."""
+    """Return the unpacked body; raise an error unless it is whole."""
     packed = _read_packed_body(response)
     encodings = response.headers.get_all("Content-Encoding", ["identity"])
     encoding = ", ".join(encodings).lower()
     if encoding == "identity":
         return packed
-    # Without gzip, _ACCEPT_ENCODING is "identity", so this always raises.
-    if encoding != _ACCEPT_ENCODING:
+    if encoding != "gzip" or _ACCEPT_ENCODING != "gzip":
         raise http.client.HTTPException(
             f"Content-Encoding {encoding} is not supported"
         )
     with gzip.GzipFile(fileobj=io.BytesIO(packed)) as file:
-        body = file.read(MAX_BODY + 1)  # A byte more shows that it is larger.
+        # One byte too many is enough for _check_size to find.
+        body = file.read(MAX_BODY + 1)
     _check_size(body)
     return body
 
@@ -1000,7 +1012,7 @@ def _read_body(response: http.client.HTTPResponse) -> bytes:
 def _receive(connection: http.client.HTTPConnection) -> Response:
     """Return the response to a request that was sent."""
     with connection.getresponse() as response:
-        if response.status < 200:  # http.client skips no other than 100.
+        if response.status < 200:  # http.client itself skips only 100.
             raise http.client.HTTPException(
                 f"unexpected status {response.status}"
             )
@@ -1020,7 +1032,7 @@ def _send_and_receive(
 ) -> Response:
     """Send a request once and return its response."""
     try:
-        # This is also the timeout from which _ResponseStream begins.
+        # _ResponseStream takes its deadline from this timeout, too.
         connection.sock.settimeout(timeout)
         connection.request(
             request.get_method(),
@@ -1033,14 +1045,15 @@ def _send_and_receive(
         connection.close()  # A late response must not reach the next request.
         raise
     if response.status == 408:
-        # A server may send 408 because the connection was idle, before it
-        # sees this request. The response to this request could still follow.
+        # A server may send 408 because the connection was idle, just when
+        # this request is sent. The response to this request could follow, so
+        # the connection must not be used again.
         connection.close()
     return response
 
 
 def send(request: Request, *, timeout: float = DEFAULT_TIMEOUT) -> Response:
-    """Send a request of build_request once, and return its response.
+    """Send a request made by build_request, once; return the response.
 
     The response may have any status. If the status is not 2xx and the body
     cannot be read, the body is empty. timeout is in seconds, for each step:
@@ -1072,8 +1085,8 @@ def send(request: Request, *, timeout: float = DEFAULT_TIMEOUT) -> Response:
         response = _send_and_receive(connection, request, timeout)
     except Exception as error:
         raise UnknownOutcomeError(request, _describe(error)) from error
-    # http.client sets sock to None when a connection is closed: here after
-    # "Connection: close", after 408, or if a body could not be read.
+    # sock is None if the connection was closed: after "Connection: close",
+    # after 408, or if a body could not be read. Otherwise it is kept.
     if connection.sock is not None:
         _connections.by_origin[origin] = _Idle(connection, time.monotonic())
     return response
@@ -1098,7 +1111,7 @@ def _result(request: Request, response: Response) -> Any:
     try:
         body = _decode(response.body)
     except MemoryError as error:
-        # The request has been sent, so this must not be a plain MemoryError.
+        # The request was sent, so a plain MemoryError would say too little.
         raise UnknownOutcomeError(request, _describe(error)) from error
     if not 200 <= response.status < 300:
         raise APIError(request, response.status, body, response.headers)
@@ -1381,12 +1394,15 @@ def _print(result: Any, is_dry_run: bool) -> None:
     try:
         text = result if is_dry_run else json.dumps(result, indent=2)
         print(text, flush=True)
-    except BrokenPipeError:  # no error: "| head" stops reading early
+    except BrokenPipeError:
+        # This is no error: the reader of a pipe, such as head, has stopped.
         _discard_output()
     except (Exception, KeyboardInterrupt) as error:
         _discard_output()
-        status = 2 if is_dry_run else 4  # Otherwise the request was sent.
-        _exit(status, f"cannot print: {_describe(error)}")
+        message = f"cannot print: {_describe(error)}"
+        if is_dry_run:
+            _exit(2, message)
+        _exit(4, message)  # because the request was sent
 
 
 def main(argv: Optional[Sequence[str]] = None) -> None:

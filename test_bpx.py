@@ -760,7 +760,7 @@ def signed_text(seen, instruction):
 
 
 def verify(seen, instruction):
-    """Raise unless the signature on the wire is of now and of what is there."""
+    """Raise unless the signature is of now, and of what was on the wire."""
     age = time.time() * 1000 - int(seen.headers["X-Timestamp"])
     if not -1000 < age < 60000:
         raise ValueError("expired")
