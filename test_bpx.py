@@ -1122,6 +1122,11 @@ class BuildRequest(SecretsCase):
         self.assertEqual(built.get_header("User-agent"), "mine")
         self.assertEqual(built.get_header("X-empty"), "")
         self.assertEqual(built.get_header("X-window"), "5000")
+        headers = {}
+        lower = {"lower": lambda self: headers.update(b="c") or "x-a"}
+        headers[type("Growing", (str,), lower)("X-A")] = "d"
+        built = bpx.build_request("GET", "/", headers=headers)
+        self.assertEqual(built.header_items()[1:], [("X-a", "d")])
         built = bpx.build_request("GET", "/")
         expected = [("User-agent", "bpx.py/" + bpx.__version__)]
         self.assertEqual(built.header_items(), expected)
@@ -1790,8 +1795,15 @@ class Transport(SecretsCase):
             ) as connect:
                 os.environ["https_proxy"] = proxy
                 with self.assertRaises(bpx.NotSentError):
-                    bpx.get("/p")
-                self.assertEqual(connect.call_args[0][0], address)
+                    bpx.get("/p", timeout=3)
+                self.assertEqual(connect.call_args[0][:2], (address, 3))
+                os.environ["https_proxy"] = ""
+                for scheme in ("http", "https"):
+                    url = f"{scheme}://localhost:5"
+                    with self.assertRaises(bpx.NotSentError):
+                        bpx.get("/p", base_url=url, timeout=4)
+                    expected = (("localhost", 5), 4)
+                    self.assertEqual(connect.call_args[0][:2], expected)
 
     def test_broken_responses(self):
         for kind, (reason, script) in itertools.product(BOTH, BROKEN):
@@ -2099,6 +2111,7 @@ class Transport(SecretsCase):
 def command(*argv, key=None, stdin=None, stdout=subprocess.PIPE):
     """Run bpx.py as a shell does: (status, output, errors)."""
     environment = {**os.environ, "PYTHONIOENCODING": "utf-8"}
+    environment["PYTHONUNBUFFERED"] = ""
     environment.pop("BPX_SECRET_KEY", None)
     if key is not None:
         environment["BPX_SECRET_KEY"] = key
