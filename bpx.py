@@ -236,12 +236,12 @@ class NotSentError(BPXError):
 
 
 class UnknownOutcomeError(BPXError):
-    """The request was sent, but no whole response came back.
+    """The request, or a part of it, was sent, but no whole response came.
 
     The exchange may have executed the request, so do not repeat an order
     before you have looked for it. Wait until timestamp + window has passed,
-    because the exchange may accept the order until then. Then search for its
-    clientId: GET /api/v1/order finds an open order, and
+    because the exchange may accept the order until then. Then search for the
+    clientId that you gave it: GET /api/v1/order finds an open order, and
     GET /wapi/v1/history/orders a filled or cancelled one.
     """
 
@@ -730,9 +730,9 @@ def build_request(
 
     GET sends params in its query, every other method in a JSON body. If
     instruction is passed, or found in INSTRUCTIONS, the request is signed as
-    by sign_request. base_url must be https, or http on this machine. headers
-    are sent, but not signed. Raises what sign_request raises, and TypeError
-    or ValueError for any other argument that cannot be sent.
+    by sign_request; otherwise it is public and takes no secret_key. base_url
+    is https, or http to localhost. headers are not signed. Raises TypeError,
+    ValueError and ImportError as sign_request does, for any bad argument.
     """
     _check_method(method)
     _check_path(path)
@@ -1057,7 +1057,8 @@ def send(request: Request, *, timeout: float = DEFAULT_TIMEOUT) -> Response:
 
     The response may have any status. If the status is not 2xx and the body
     cannot be read, the body is empty. timeout is in seconds, for each step:
-    to connect, to send, and to receive the whole response.
+    to connect to each address of the host, to send, and to receive the whole
+    response. Looking up the name of the host has no timeout.
 
     Raises NotSentError or UnknownOutcomeError. Raises ValueError if timeout
     is not a number above 0 and up to 86400 (a day). An interrupt passes
@@ -1137,9 +1138,11 @@ def request(
     is empty. timeout is that of send; all other arguments are those of
     build_request.
 
-    Raises APIError, NotSentError or UnknownOutcomeError: before you repeat an
-    order, look at the attribute outcome_unknown of the error. Raises what
-    build_request raises for bad arguments, before anything is sent.
+    Without an error, the status was 2xx; but a batch may hold orders that
+    failed, so look at each item. Raises APIError, NotSentError or
+    UnknownOutcomeError: before you repeat an order, look at the attribute
+    outcome_unknown of the error. Raises what build_request raises for bad
+    arguments, before anything is sent.
     """
     built = build_request(
         method,
@@ -1206,9 +1209,25 @@ _SHOWN_HEADERS = (
 )
 
 
+_STANDARD_OUTPUT = 1  # the numbers of these file descriptors
+_STANDARD_ERROR = 2
+
+
+def _discard(descriptor: int) -> None:
+    """Point a file descriptor at the null device, after printing has failed.
+
+    Otherwise Python, when it ends, would try again to write what is still in
+    its buffer, and fail again.
+    """
+    os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)
+
+
 def _exit(status: int, message: str) -> NoReturn:
     """Exit with a status and one line on standard error."""
-    print("bpx.py:", " ".join(message.split()), file=sys.stderr)
+    try:
+        print("bpx.py:", " ".join(message.split()), file=sys.stderr)
+    except OSError:
+        _discard(_STANDARD_ERROR)
     sys.exit(status)
 
 
@@ -1319,7 +1338,7 @@ def _read_params(args: argparse.Namespace) -> Any:
 
 
 def _read_instruction(args: argparse.Namespace) -> Optional[str]:
-    """Return the instruction to sign with, or None for a public request."""
+    """Return the instruction that build_request will sign with, or None."""
     instruction: Optional[str] = args.instruction
     if instruction is None:
         instruction = INSTRUCTIONS.get(f"{args.method} {args.path}")
@@ -1379,16 +1398,6 @@ def _run(args: argparse.Namespace) -> Any:
     )
 
 
-def _discard_output() -> None:
-    """Point standard output at the null device, after printing has failed.
-
-    Otherwise Python, when it ends, would try again to write what is still in
-    its buffer, and fail again.
-    """
-    standard_output = 1
-    os.dup2(os.open(os.devnull, os.O_WRONLY), standard_output)
-
-
 def _print(result: Any, is_dry_run: bool) -> None:
     """Print a result, or exit with an error."""
     try:
@@ -1396,9 +1405,9 @@ def _print(result: Any, is_dry_run: bool) -> None:
         print(text, flush=True)
     except BrokenPipeError:
         # This is no error: the reader of a pipe, such as head, has stopped.
-        _discard_output()
+        _discard(_STANDARD_OUTPUT)
     except (Exception, KeyboardInterrupt) as error:
-        _discard_output()
+        _discard(_STANDARD_OUTPUT)
         message = f"cannot print: {_describe(error)}"
         if is_dry_run:
             _exit(2, message)

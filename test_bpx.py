@@ -2108,7 +2108,7 @@ class Transport(SecretsCase):
 # --- 6: the command line ---
 
 
-def command(*argv, key=None, stdin=None, stdout=subprocess.PIPE):
+def command(*argv, key=None, stdin=None, stdout=-1, stderr=-1):
     """Run bpx.py as a shell does: (status, output, errors)."""
     environment = {**os.environ, "PYTHONIOENCODING": "utf-8"}
     environment["PYTHONUNBUFFERED"] = ""
@@ -2121,10 +2121,11 @@ def command(*argv, key=None, stdin=None, stdout=subprocess.PIPE):
         env=environment,
         input=stdin,
         stdout=stdout,
-        stderr=subprocess.PIPE,
+        stderr=stderr,
         timeout=20,
     )
-    return done.returncode, (done.stdout or b"").decode(), done.stderr.decode()
+    streams = [(each or b"").decode() for each in (done.stdout, done.stderr)]
+    return (done.returncode, *streams)
 
 
 HELP = r"""usage: bpx.py [options] METHOD PATH [name=text | name:=json]...
@@ -2425,6 +2426,11 @@ class CommandLine(ExchangeCase):
             self.assertEqual(found[0], expected)
             text = r"\Abpx\.py: cannot print: OSError: .*\n\Z"
             self.assertRegex(found[2], text)
+        with open("/dev/full", "wb") as full:
+            for argv, expected in (["GET", "/p?"], 2), (["GET", "/p"], 3):
+                url = ("--base-url", "http://127.0.0.1:1")
+                found = command(*argv, *url, stderr=full)
+                self.assertEqual(found, (expected, "", ""))
 
     def test_what_was_sent_is_not_called_untried(self):
         for error, status, text in [
