@@ -1225,7 +1225,8 @@ def _discard(descriptor: int) -> None:
 def _exit(status: int, message: str) -> NoReturn:
     """Exit with a status and one line on standard error."""
     try:
-        print("bpx.py:", " ".join(message.split()), file=sys.stderr)
+        line = "bpx.py: " + " ".join(message.split())
+        print(line, file=sys.stderr, flush=True)
     except OSError:
         _discard(_STANDARD_ERROR)
     sys.exit(status)
