@@ -46,9 +46,9 @@ Decimal. Signing needs PyNaCl; everything else needs only Python 3.8.
 
 There are no functions for single operations, such as place_order: instead,
 you pass the method and the path of the operation. This module has no
-WebSocket streams, never repeats a request, and has no rate limiter. It takes
-SSL_CERT_FILE and the https proxy from the environment (on Windows and macOS,
-the proxy also from the settings of the system).
+WebSocket streams, never repeats a request, and has no rate limiter. It uses
+the environment variables SSL_CERT_FILE, https_proxy and no_proxy, and on
+Windows and macOS also the proxy in the settings of the system.
 """
 
 import argparse
@@ -110,7 +110,7 @@ DEFAULT_WINDOW = 5000  # milliseconds for which a signed request is valid
 MAX_WINDOW = 60000  # milliseconds, the exchange's limit
 DEFAULT_TIMEOUT = 10.0  # seconds for each step: to connect, send and receive
 MAX_IDLE = 15.0  # seconds after which an idle connection is not used again
-MAX_BODY = 16 * 1024 * 1024  # bytes of a body, packed and unpacked
+MAX_BODY = 16 * 1024 * 1024  # bytes of a response's body, also once unpacked
 
 # The parameters of a request: None, a mapping of names to values, or (for a
 # batch of orders) a list or tuple of such mappings.
@@ -205,8 +205,8 @@ class APIError(BPXError):
     """The response has a status other than 2xx.
 
     status is an int, body is the decoded body, and headers are those of the
-    response. If body is a dict, code and message are its entries with these
-    names, or None; otherwise code is None, and message is body.
+    response. If body is a dict, code is body.get("code"), and message is
+    body.get("message"); otherwise code is None, and message is body.
     outcome_unknown is True for 408 and 5xx: a gateway may send these even if
     the exchange executes the request.
     """
@@ -214,20 +214,24 @@ class APIError(BPXError):
     def __init__(
         self, request: Request, status: int, body: Any, headers: Any
     ) -> None:
-        fields = body if isinstance(body, dict) else {"message": body}
         self.status = status
         self.body = body
         self.headers = headers
-        self.code = fields.get("code")
-        self.message = fields.get("message")
+        if isinstance(body, dict):
+            self.code = body.get("code")
+            self.message = body.get("message")
+        else:
+            self.code = None
+            self.message = body
         self.outcome_unknown = status == 408 or status >= 500
         reason = str(status)
         for field in (self.code, self.message):
+            # A list or a dict would make the text long and hard to read.
             if isinstance(field, (str, int, float)):
                 reason += f" {field}"
         super().__init__(request, reason)
-        # BPXError set args to (request, reason), but pickle makes a copy of
-        # this error by calling APIError(*args).
+        # pickle copies an error by calling APIError(*args), so args must be
+        # the arguments of this __init__, and not those of BPXError.
         self.args = (request, status, body, headers)
 
 
@@ -259,7 +263,7 @@ def _describe(error: BaseException) -> str:
 
 
 def _number_or_type(value: Any) -> str:
-    """Describe a value that is refused, for an error message.
+    """Return what an error message may show of a bad value.
 
     Numbers are shown. Of anything else, only the type is shown, because the
     value could be a secret.
@@ -278,7 +282,9 @@ def _check_str(value: Any, place: str) -> None:
 #
 # First the parameters are normalized: they are converted to dict, list, str,
 # int and bool, and every None is left out. What is signed and what is sent
-# are both made from these normalized values, so that they cannot differ.
+# are both made from these normalized values, so that they cannot differ. An
+# instance of a subclass of str, int or Decimal is converted to the plain type,
+# because its own methods could show another value than it holds.
 
 # How JSON is written, in a request's body and in the canonical string.
 _JSON_ENCODER = json.JSONEncoder(
@@ -289,7 +295,7 @@ _JSON_ENCODER = json.JSONEncoder(
 def _normalize_params(params: Any) -> List[Dict[str, Any]]:
     """Return a list of normalized mappings.
 
-    It has one for each order of a batch, or only one if params is no batch.
+    For a batch, it has one for each order. Otherwise it has exactly one.
     """
     try:
         if isinstance(params, (list, tuple)):
@@ -300,9 +306,9 @@ def _normalize_params(params: Any) -> List[Dict[str, Any]]:
         else:
             mapping = {} if params is None else params
             mappings = [_normalize_mapping(mapping, "params")]
-    except RecursionError:  # It is a RuntimeError too, so it comes first.
+    except RecursionError:  # a subclass of RuntimeError, so it comes first
         raise ValueError("params: pass fewer levels of nesting") from None
-    except RuntimeError as error:  # Another thread has changed a mapping.
+    except RuntimeError as error:  # A mapping has changed while it was read.
         raise ValueError(f"params: pass a copy, because {error}") from None
     if not mappings:
         raise ValueError("params: pass at least one order in a batch")
@@ -318,8 +324,8 @@ def _normalize_mapping(mapping: Any, place: str) -> Dict[str, Any]:
         )
     normalized = {}
     for name, value in mapping.items():
-        # Plain ASCII text is normalized already, so nothing is called for it.
-        # This saves a tenth of the time to sign an order.
+        # A plain ASCII str needs no change. Skipping these calls for it saves
+        # a tenth of the time to sign an order.
         if not (type(name) is str and name.isascii()):
             name = _normalize_name(name, place)
         if not (type(value) is str and value.isascii()):
@@ -335,7 +341,8 @@ def _normalize_name(name: Any, place: str) -> str:
         raise TypeError(
             f"{place}: pass names as str, not {_number_or_type(name)}"
         )
-    return _normalize_text(name, f"{place}, name {name!a}")
+    # A name with surrogates cannot be printed, but its ASCII form can.
+    return _normalize_text(name, f"{place}, name {ascii(name)}")
 
 
 def _normalize_value(value: Any, place: str) -> Any:
@@ -347,7 +354,7 @@ def _normalize_value(value: Any, place: str) -> Any:
     if isinstance(value, str):
         return _normalize_text(value, place)
     if isinstance(value, int):
-        return int.__int__(value)  # This makes a plain int of a subclass.
+        return int.__int__(value)  # converts a subclass
     if isinstance(value, Decimal):
         return _normalize_decimal(value, place)
     if isinstance(value, (list, tuple)):
@@ -367,7 +374,7 @@ def _normalize_value(value: Any, place: str) -> Any:
 
 def _normalize_text(text: str, place: str) -> str:
     """Return the text as a plain str; raise if UTF-8 cannot encode it."""
-    text = str.__str__(text)  # This makes a plain str of a subclass.
+    text = str.__str__(text)  # converts a subclass
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -379,13 +386,13 @@ def _normalize_text(text: str, place: str) -> str:
 
 def _normalize_decimal(value: Decimal, place: str) -> str:
     """Return a Decimal in plain notation: 0.00000001 and not 1E-8."""
-    number = Decimal(value)  # This makes a plain Decimal of a subclass.
+    number = Decimal(value)  # converts a subclass
     if not number.is_finite():
         raise ValueError(f"{place}: pass a finite number, not {number}")
     power = number.adjusted()  # the power of ten of the first digit
     if abs(power) >= 1000:  # 1E+999999999 would fill the memory.
         raise ValueError(
-            f"{place}: pass a number from 1E-999 to 1E+999, not {number}"
+            f"{place}: pass an exponent from -999 to +999, not {number}"
         )
     return format(number, "f")
 
@@ -410,7 +417,7 @@ def _name_value_pairs(mapping: Dict[str, Any]) -> List[Tuple[str, str]]:
     pairs = []
     for name in sorted(mapping):
         value = mapping[name]
-        if isinstance(value, str):  # the usual case, here for speed
+        if isinstance(value, str):  # as in _value_text, but faster
             pairs.append((name, value))
         elif isinstance(value, list):
             # The exchange does not document how a list is signed. This
@@ -432,7 +439,7 @@ def _value_text(value: Any) -> str:
         return str(value)
     # The exchange does not document how an object is signed. This
     # implementation assumes its compact JSON, because the exchange's Rust
-    # client signs a field by its JSON text (a string without its quotes).
+    # client signs the JSON text of each field (of a string, without quotes).
     return _JSON_ENCODER.encode(value)
 
 
@@ -673,7 +680,7 @@ def _normalize_headers(headers: Any) -> Dict[str, str]:
         _check_str(value, f"header {name}")
         if not _HEADER_VALUE_PATTERN.fullmatch(value):
             raise ValueError(f"header {name}: pass printable ASCII text")
-        # This makes a plain str of a subclass.
+        # str.__str__ converts a subclass of str.
         normalized[str.__str__(name)] = str.__str__(value)
     return normalized
 
@@ -698,17 +705,17 @@ def _find_instruction(
     return instruction
 
 
-def _query(params: Any) -> str:
+def _query(content: Any) -> str:
     """Return normalized params as a query that begins with "?", or ""."""
-    if isinstance(params, list):
+    if isinstance(content, list):
         raise TypeError("params: pass one mapping to GET, not a batch")
-    for name, value in params.items():
+    for name, value in content.items():
         if isinstance(value, dict):
             raise TypeError(
                 f"params.{name}: pass a single value, not a mapping, "
                 "because GET sends it in a query"
             )
-    pairs = _name_value_pairs(params)
+    pairs = _name_value_pairs(content)
     if not pairs:
         return ""
     return "?" + urllib.parse.urlencode(pairs, quote_via=urllib.parse.quote)
@@ -729,10 +736,10 @@ def build_request(
     """Return the whole request: its method, URL, headers and body.
 
     GET sends params in its query, every other method in a JSON body. If
-    instruction is passed, or found in INSTRUCTIONS, the request is signed as
-    by sign_request; otherwise it is public and takes no secret_key. base_url
-    is https, or http to localhost. headers are not signed. Raises TypeError,
-    ValueError and ImportError as sign_request does, for any bad argument.
+    instruction is passed, or found in INSTRUCTIONS, the request is signed,
+    as in sign_request. Otherwise it is public, and secret_key must be None.
+    base_url is https, or http to localhost. headers are not signed. Raises
+    TypeError, ValueError and ImportError as sign_request does.
     """
     _check_method(method)
     _check_path(path)
@@ -748,7 +755,7 @@ def build_request(
             _sign(instruction, mappings, secret_key, timestamp, window)
         )
     is_batch = isinstance(params, (list, tuple))
-    content = mappings if is_batch else mappings[0]
+    content = mappings if is_batch else mappings[0]  # the only one
     if method == "GET":
         return Request(url + _query(content), headers=all_headers)
     all_headers["Content-Type"] = "application/json; charset=utf-8"
@@ -781,21 +788,23 @@ class Response(NamedTuple):
 
 
 class _ResponseStream(io.RawIOBase):
-    """A stream that wraps the raw stream of a socket, for one response.
+    """A stream that limits the time for a whole response.
 
-    http.client reads a response from HTTPResponse.fp, in many small steps.
-    - As http.client makes it, fp is BufferedReader(raw stream).
-    - In this module, fp is BufferedReader(_ResponseStream(raw stream)).
+    It wraps the raw stream of a socket, and changes two things:
+    - One deadline covers the whole response. The timeout of a socket alone
+      starts again with every read.
+    - If the server closes the connection, reading raises EOFError. By
+      itself, http.client treats headers that were cut off as complete.
 
-    The wrapper changes two things:
-    - The timeout of the socket is for the whole response. Without the
-      wrapper, it would start again with every step.
-    - If the connection is closed, it raises EOFError. Without the wrapper,
-      http.client would take headers that were cut off as complete.
+    http.client reads a response from HTTPResponse.fp. Normally, that is
+    BufferedReader(raw stream). In this module, it is
+    BufferedReader(_ResponseStream(raw stream)).
     """
 
     def __init__(self, sock: Any, raw_stream: io.RawIOBase) -> None:
-        # This is called just after the request was sent.
+        # http.client makes the object for a response when its request has
+        # been sent, so the time for the whole response starts here. readinto
+        # changes the timeout of the socket later.
         self._deadline = time.monotonic() + sock.gettimeout()
         self._sock = sock
         self._raw_stream = raw_stream
@@ -824,7 +833,8 @@ class _TimedResponse(http.client.HTTPResponse):
 
     def __init__(self, sock: Any, *args: Any, **options: Any) -> None:
         super().__init__(sock, *args, **options)
-        # The buffer of self.fp is still empty, so detach loses nothing.
+        # Now self.fp is BufferedReader(raw stream). detach takes the raw
+        # stream out. Nothing has been read yet, so nothing is lost.
         raw_stream = self.fp.detach()
         self.fp = io.BufferedReader(_ResponseStream(sock, raw_stream))
 
@@ -885,8 +895,8 @@ def _new_connection(
         context=context,
     )
     if proxy is not None:
-        # This makes http.client speak plain HTTP to the proxy, ask it for a
-        # tunnel to request.host, and speak TLS with that host through it.
+        # With this, http.client first asks the proxy in plain HTTP for a
+        # tunnel to request.host, and then begins TLS with that host in it.
         connection.set_tunnel(request.host, headers=proxy.headers)
     return connection
 
@@ -894,16 +904,17 @@ def _new_connection(
 def _connect(request: Request, timeout: float) -> http.client.HTTPConnection:
     """Return an open connection to the host of a request."""
     connection = _new_connection(request, timeout)
-    # http.client uses this class for every response, also for a proxy's.
+    # http.client uses this class for every response, even to CONNECT.
     connection.response_class = _TimedResponse
     try:
         connection.connect()
     except BaseException:
         connection.close()
         raise
-    # When a thread or Python ends, its idle connections are not closed but
-    # deleted, and Python would give a ResourceWarning for their sockets. So
-    # close the socket when the connection is deleted.
+    # When a thread ends, nobody closes its idle connections: they are only
+    # garbage-collected, and Python would give a ResourceWarning for their
+    # sockets. This closes the socket then, and when Python ends. (To close a
+    # socket twice does no harm.)
     weakref.finalize(connection, connection.sock.close)
     return connection
 
@@ -916,7 +927,8 @@ class _Idle(NamedTuple):
 class _ThreadConnections(threading.local):
     """The idle connections of each thread."""
 
-    def __init__(self) -> None:  # threading.local calls it in each thread.
+    def __init__(self) -> None:
+        # threading.local calls this again in each thread.
         self.by_origin: Dict[Any, _Idle] = {}
 
 
@@ -924,12 +936,12 @@ _connections = _ThreadConnections()
 
 
 def _is_stale(sock: Any) -> bool:
-    """Return whether the socket of an idle connection can be read.
+    """Return whether an idle connection must not be used again.
 
-    If it can, the server has closed the connection, or has sent bytes that
-    belong to no request. In both cases, it must not be used again.
+    Nothing should arrive on it. If there is something to read, the server
+    has closed it, or has sent bytes that belong to no request.
     """
-    # Bytes that TLS has already taken from the network and decrypted:
+    # TLS may hold decrypted bytes, which a selector cannot see.
     if hasattr(sock, "pending") and sock.pending():
         return True
     with selectors.DefaultSelector() as selector:
@@ -957,7 +969,11 @@ def _check_size(body: Union[bytes, bytearray]) -> None:
 
 
 def _has_declared_length(response: http.client.HTTPResponse) -> bool:
-    """Return whether the headers tell where the body ends."""
+    """Return whether a header tells where the body ends.
+
+    Raise an error if more than one does, because they could contradict each
+    other.
+    """
     declared = response.headers.get_all("Content-Length", [])
     declared += response.headers.get_all("Transfer-Encoding", [])
     if len(declared) > 1:
@@ -970,22 +986,25 @@ def _has_declared_length(response: http.client.HTTPResponse) -> bool:
 def _read_packed_body(response: http.client.HTTPResponse) -> bytes:
     """Return the body before unpacking; raise an error if it was cut off.
 
-    A body without a declared length ends when the server closes the
-    connection. A body that was cut off looks the same, so this is accepted
-    only if the status is not 2xx.
+    - If a header tells where the body ends, it is read up to there. If the
+      connection is closed before that, the body was cut off.
+    - Otherwise the body ends when the connection is closed. Nobody can tell
+      whether it was cut off, so this is an error for a status of 2xx, and is
+      accepted for all others.
     """
-    is_success = response.status < 300
-    may_end_by_close = not _has_declared_length(response) and not is_success
+    has_declared_length = _has_declared_length(response)
+    close_ends_body = not has_declared_length and response.status >= 300
     body = bytearray()
     while True:
         try:
-            # read1 returns what has come; read would lose it at an EOFError.
+            # read1 returns the bytes of one step. read would collect those
+            # of several steps, and lose them all at an EOFError.
             part = response.read1(65536)
-        except EOFError:  # The server has closed the connection.
-            if may_end_by_close:
+        except EOFError:  # The connection was closed.
+            if close_ends_body:
                 return bytes(body)
             raise
-        if not part:  # This is the declared end.
+        if not part:  # This is where the body ends by its header.
             return bytes(body)
         body += part
         _check_size(body)
@@ -1003,27 +1022,30 @@ def _read_body(response: http.client.HTTPResponse) -> bytes:
             f"Content-Encoding {encoding} is not supported"
         )
     with gzip.GzipFile(fileobj=io.BytesIO(packed)) as file:
-        # One byte too many is enough for _check_size to find.
+        # If the body is too large, one byte more shows it to _check_size.
         body = file.read(MAX_BODY + 1)
     _check_size(body)
     return body
 
 
 def _receive(connection: http.client.HTTPConnection) -> Response:
-    """Return the response to a request that was sent."""
+    """Return the response to a request that was sent.
+
+    If its status is not 2xx and its body cannot be read, the body is empty.
+    """
     with connection.getresponse() as response:
         if response.status < 200:  # http.client itself skips only 100.
             raise http.client.HTTPException(
                 f"unexpected status {response.status}"
             )
+        is_success = response.status < 300
         try:
             body = _read_body(response)
         except Exception:
-            if response.status < 300:
+            if is_success:
                 raise
-            # The status says that the request failed, even without a body.
-            body = b""
             connection.close()  # The rest of the body may still come.
+            body = b""
     return Response(response.status, response.headers, body)
 
 
@@ -1032,7 +1054,7 @@ def _send_and_receive(
 ) -> Response:
     """Send a request once and return its response."""
     try:
-        # _ResponseStream takes its deadline from this timeout, too.
+        # This is the timeout to send; _ResponseStream reads it, too.
         connection.sock.settimeout(timeout)
         connection.request(
             request.get_method(),
@@ -1045,9 +1067,9 @@ def _send_and_receive(
         connection.close()  # A late response must not reach the next request.
         raise
     if response.status == 408:
-        # A server may send 408 because the connection was idle, just when
-        # this request is sent. The response to this request could follow, so
-        # the connection must not be used again.
+        # The server may have sent it because the connection was idle, before
+        # it saw this request. The real response could still follow, so the
+        # connection must not be used again.
         connection.close()
     return response
 
@@ -1061,8 +1083,8 @@ def send(request: Request, *, timeout: float = DEFAULT_TIMEOUT) -> Response:
     response. Looking up the name of the host has no timeout.
 
     Raises NotSentError or UnknownOutcomeError. Raises ValueError if timeout
-    is not a number above 0 and up to 86400 (a day). An interrupt passes
-    through: treat it like an UnknownOutcomeError.
+    is not a number above 0 and up to 86400 (a day). A KeyboardInterrupt
+    stays what it is; after it, too, the request may have been executed.
     """
     if (
         isinstance(timeout, bool)
@@ -1086,9 +1108,10 @@ def send(request: Request, *, timeout: float = DEFAULT_TIMEOUT) -> Response:
         response = _send_and_receive(connection, request, timeout)
     except Exception as error:
         raise UnknownOutcomeError(request, _describe(error)) from error
-    # sock is None if the connection was closed: after "Connection: close",
-    # after 408, or if a body could not be read. Otherwise it is kept.
-    if connection.sock is not None:
+    # http.client has set sock to None if the connection was closed: after
+    # "Connection: close", after 408, or if a body could not be read.
+    is_open = connection.sock is not None
+    if is_open:  # Keep it for the next request.
         _connections.by_origin[origin] = _Idle(connection, time.monotonic())
     return response
 
@@ -1108,11 +1131,11 @@ def _decode(body: bytes) -> Any:
 
 
 def _result(request: Request, response: Response) -> Any:
-    """Return the decoded body of a response, or raise APIError."""
+    """Return the decoded body of a response, or raise a BPXError."""
     try:
         body = _decode(response.body)
     except MemoryError as error:
-        # The request was sent, so a plain MemoryError would say too little.
+        # A plain MemoryError would not say that the request was sent.
         raise UnknownOutcomeError(request, _describe(error)) from error
     if not 200 <= response.status < 300:
         raise APIError(request, response.status, body, response.headers)
@@ -1138,11 +1161,12 @@ def request(
     is empty. timeout is that of send; all other arguments are those of
     build_request.
 
-    Without an error, the status was 2xx; but a batch may hold orders that
-    failed, so look at each item. Raises APIError, NotSentError or
-    UnknownOutcomeError: before you repeat an order, look at the attribute
-    outcome_unknown of the error. Raises what build_request raises for bad
-    arguments, before anything is sent.
+    If nothing is raised, the status was 2xx. Single orders of a batch may
+    have failed even then, so look at each item of the result.
+
+    Raises APIError, NotSentError or UnknownOutcomeError: before you repeat an
+    order, look at the attribute outcome_unknown of the error. Raises what
+    build_request raises for bad arguments, before anything is sent.
     """
     built = build_request(
         method,
@@ -1182,9 +1206,9 @@ def patch(path: str, params: Params = None, **options: Any) -> Any:
 
 _USAGE = "bpx.py [options] METHOD PATH [name=text | name:=json]..."
 _EPILOG = """\
-A parameter name=text is sent as text, and name:=json as a JSON value. A
-request that must be signed is signed with the secret key in the environment
-variable BPX_SECRET_KEY. The body of the response is printed as JSON.
+name=text sends a parameter as text, and name:=json as a JSON value. A request
+that must be signed is signed with the secret key in the environment variable
+BPX_SECRET_KEY. The body of the response is printed as JSON.
 
 example:
   python bpx.py --dry-run POST /api/v1/order symbol=SOL_USDC side=Bid \\
@@ -1209,24 +1233,27 @@ _SHOWN_HEADERS = (
 )
 
 
-_STANDARD_OUTPUT = 1  # the numbers of these file descriptors
+# File descriptors.
+_STANDARD_OUTPUT = 1
 _STANDARD_ERROR = 2
 
 
 def _discard(descriptor: int) -> None:
-    """Point a file descriptor at the null device, after printing has failed.
+    """Send what is still to be written to the null device.
 
-    Otherwise Python, when it ends, would try again to write what is still in
-    its buffer, and fail again.
+    When Python ends, it writes the rest of its buffers. After a write that
+    failed, that would fail again, and change the exit status.
     """
-    os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)
+    null_device = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null_device, descriptor)
 
 
 def _exit(status: int, message: str) -> NoReturn:
     """Exit with a status and one line on standard error."""
+    line = "bpx.py: " + " ".join(message.split())
     try:
-        line = "bpx.py: " + " ".join(message.split())
-        print(line, file=sys.stderr, flush=True)
+        if sys.stderr is not None:  # None if it was closed
+            print(line, file=sys.stderr, flush=True)
     except OSError:
         _discard(_STANDARD_ERROR)
     sys.exit(status)
@@ -1403,6 +1430,8 @@ def _print(result: Any, is_dry_run: bool) -> None:
     """Print a result, or exit with an error."""
     try:
         text = result if is_dry_run else json.dumps(result, indent=2)
+        if sys.stdout is None:
+            raise OSError("standard output is closed")
         print(text, flush=True)
     except BrokenPipeError:
         # This is no error: the reader of a pipe, such as head, has stopped.
@@ -1431,8 +1460,12 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
             _exit(4, f"{_describe(error)} (it may have been executed)")
         _exit(1, _describe(error))
     except KeyboardInterrupt:
-        _exit(4, "interrupted (if it was sent, it may have been executed)")
-    except Exception as error:  # Only errors before sending come here.
+        _exit(
+            4,
+            "interrupted (the request may have been executed, if it was sent)",
+        )
+    except Exception as error:
+        # All errors after sending are BPXErrors, so nothing was sent.
         _exit(2, _describe(error))
     _print(result, args.dry_run)
 

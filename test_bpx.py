@@ -318,7 +318,7 @@ LOOP["again"] = LOOP
 # fmt: off
 ANY = ": pass a str, bool, int, Decimal, Enum member, list or mapping, not "
 FLOAT = ": pass a str or Decimal, not the float {}, because floats are not exact (0.1 + 0.2 is not 0.3)"
-RANGE = ": pass a number from 1E-999 to 1E+999, not "
+RANGE = ": pass an exponent from -999 to +999, not "
 UTF_8 = ": pass text that UTF-8 can encode, without surrogates"
 IN_LIST = ": pass a single value, because a list cannot hold a {}"
 MAPPING = ": pass a mapping of names to values, not "
@@ -2152,9 +2152,9 @@ options:
   --base-url URL      scheme and host of the exchange (default:
                       https://api.backpack.exchange)
 
-A parameter name=text is sent as text, and name:=json as a JSON value. A
-request that must be signed is signed with the secret key in the environment
-variable BPX_SECRET_KEY. The body of the response is printed as JSON.
+name=text sends a parameter as text, and name:=json as a JSON value. A request
+that must be signed is signed with the secret key in the environment variable
+BPX_SECRET_KEY. The body of the response is printed as JSON.
 
 example:
   python bpx.py --dry-run POST /api/v1/order symbol=SOL_USDC side=Bid \
@@ -2432,6 +2432,20 @@ class CommandLine(ExchangeCase):
                 found = command(*argv, *url, stderr=full)
                 self.assertEqual(found, (expected, "", ""))
 
+    def test_closed_streams(self):
+        url = ("--base-url", self.exchange.url)
+        text = "bpx.py: cannot print: OSError: standard output is closed\n"
+        with mock.patch("sys.stdout", None), mock.patch("os.dup2") as dup2:
+            with contextlib.redirect_stderr(io.StringIO()) as errors:
+                with self.assertRaises(SystemExit) as caught:
+                    bpx.main(["GET", "/p", *url])
+        os.close(dup2.call_args[0][0])
+        self.assertEqual((caught.exception.code, errors.getvalue()), (4, text))
+        with mock.patch("sys.stderr", None), self.assertRaises(SystemExit):
+            with contextlib.redirect_stdout(io.StringIO()) as output:
+                bpx.main(["GET", "/p?", *url])
+        self.assertEqual(output.getvalue(), "")
+
     def test_what_was_sent_is_not_called_untried(self):
         for error, status, text in [
             (MemoryError, 4, "bpx.py: cannot print: MemoryError:\n"),
@@ -2450,7 +2464,9 @@ class CommandLine(ExchangeCase):
             os.close(dup2.call_args[0][0])
 
     def test_interrupts(self):
-        text = "interrupted (if it was sent, it may have been executed)"
+        text = (
+            "interrupted (the request may have been executed, if it was sent)"
+        )
         for error, found in [
             (KeyboardInterrupt, (4, "", f"bpx.py: {text}\n")),
             (SystemExit(7), (7, "", "")),
@@ -2663,7 +2679,8 @@ class Documents(ExchangeCase):
         argv = shlex.split(lines[0].split(".venv/bin/python bpx.py ")[1])
         status, output, errors = command(*argv, key=GUIDE_KEY)
         self.assertEqual((status, errors), (0, ""))
-        self.assertIn("\ninstruction=orderExecute&orderType=Limit&", output)
+        shown = re.escape(README.split("```text\n")[1].split("```")[0])
+        self.assertRegex(output, rf"\A{shown.replace('…', '[^ ]+')}\Z")
 
 
 if __name__ == "__main__":
