@@ -2601,7 +2601,9 @@ class Documents(ExchangeCase):
         base_url = {"base_url": self.exchange.url}
         with mock.patch.dict(defaults, base_url), mock.patch.dict(
             bpx.build_request.__kwdefaults__, base_url
-        ), mock.patch.dict(os.environ, BPX_SECRET_KEY=GUIDE_KEY):
+        ), mock.patch.dict(os.environ, BPX_SECRET_KEY=GUIDE_KEY), mock.patch(
+            "time.sleep"
+        ) as self.sleep:
             with contextlib.redirect_stdout(io.StringIO()) as output:
                 exec(compile(block, "README.md", "exec"), {})
         return output.getvalue()
@@ -2634,6 +2636,7 @@ class Documents(ExchangeCase):
             (bpx.UnknownOutcomeError, [{"id": "5"}], "{'id': '5'}"),
             (bpx.UnknownOutcomeError, [404, found], str(found[1])),
             (503, [404, found[:1]], "None"),
+            ("<html>", [404, found], str(found[1])),
             (400, [], bpx.APIError),
             (503, [500], bpx.APIError),
             (bpx.NotSentError, [], bpx.NotSentError),
@@ -2648,14 +2651,13 @@ class Documents(ExchangeCase):
                 return cause
 
             with self.subTest(post=post, get=get), mock.patch(
-                "bpx.post", side_effect=error(post)
+                "bpx.post", side_effect=[error(post)]
             ), mock.patch("bpx.get", side_effect=map(error, get)) as called:
-                with mock.patch("time.sleep") as sleep, mock.patch(
-                    "random.randrange", return_value=42
-                ):
+                with mock.patch("random.randrange", return_value=42):
                     if isinstance(printed, str):
-                        self.assertEqual(self.run_block(block), printed + "\n")
-                        sleep.assert_called_once_with(10)
+                        printed = f"clientId: 42\n{printed}\n"
+                        self.assertEqual(self.run_block(block), printed)
+                        self.sleep.assert_called_once_with(10)
                     else:
                         with self.assertRaises(printed):
                             self.run_block(block)
