@@ -110,7 +110,7 @@ DEFAULT_WINDOW = 5000  # milliseconds for which a signed request is valid
 MAX_WINDOW = 60000  # milliseconds, the exchange's limit
 DEFAULT_TIMEOUT = 10.0  # seconds for each step: to connect, send and receive
 MAX_IDLE = 15.0  # seconds after which an idle connection is not used again
-MAX_BODY = 16 * 1024 * 1024  # bytes of a response's body, also once unpacked
+MAX_BODY = 16 * 1024 * 1024  # bytes of a body, as received and unpacked
 
 # The parameters of a request: None, a mapping of names to values, or (for a
 # batch of orders) a list or tuple of such mappings.
@@ -240,12 +240,13 @@ class NotSentError(BPXError):
 
 
 class UnknownOutcomeError(BPXError):
-    """The request, or a part of it, was sent, but no whole response came.
+    """Sending began, but no whole response was received and understood.
 
     The exchange may have executed the request, so do not repeat an order
     before you have looked for it. Wait until timestamp + window has passed,
-    because the exchange may accept the order until then. Then search for the
-    clientId that you gave it: GET /api/v1/order finds an open order, and
+    because the exchange may accept the order until then. (The timestamp is
+    in error.request.headers["X-timestamp"].) Then search for the clientId
+    that you gave it: GET /api/v1/order finds an open order, and
     GET /wapi/v1/history/orders a filled or cancelled one.
     """
 
@@ -282,9 +283,9 @@ def _check_str(value: Any, place: str) -> None:
 #
 # First the parameters are normalized: they are converted to dict, list, str,
 # int and bool, and every None is left out. What is signed and what is sent
-# are both made from these normalized values, so that they cannot differ. An
-# instance of a subclass of str, int or Decimal is converted to the plain type,
-# because its own methods could show another value than it holds.
+# are both made from these normalized values, so that they cannot differ.
+# Subclasses of str, int and Decimal are converted to the plain type, because
+# they may have another __str__.
 
 # How JSON is written, in a request's body and in the canonical string.
 _JSON_ENCODER = json.JSONEncoder(
@@ -341,7 +342,7 @@ def _normalize_name(name: Any, place: str) -> str:
         raise TypeError(
             f"{place}: pass names as str, not {_number_or_type(name)}"
         )
-    # A name with surrogates cannot be printed, but its ASCII form can.
+    # ascii makes the message printable, even if the name has surrogates.
     return _normalize_text(name, f"{place}, name {ascii(name)}")
 
 
@@ -439,7 +440,7 @@ def _value_text(value: Any) -> str:
         return str(value)
     # The exchange does not document how an object is signed. This
     # implementation assumes its compact JSON, because the exchange's Rust
-    # client signs the JSON text of each field (of a string, without quotes).
+    # client signs each field as its JSON text (a string without its quotes).
     return _JSON_ENCODER.encode(value)
 
 
@@ -788,23 +789,20 @@ class Response(NamedTuple):
 
 
 class _ResponseStream(io.RawIOBase):
-    """A stream that limits the time for a whole response.
+    """The raw stream of one response, with a deadline and an error at its end.
 
-    It wraps the raw stream of a socket, and changes two things:
-    - One deadline covers the whole response. The timeout of a socket alone
-      starts again with every read.
-    - If the server closes the connection, reading raises EOFError. By
-      itself, http.client treats headers that were cut off as complete.
-
-    http.client reads a response from HTTPResponse.fp. Normally, that is
-    BufferedReader(raw stream). In this module, it is
-    BufferedReader(_ResponseStream(raw stream)).
+    http.client reads a response from HTTPResponse.fp, which is a
+    BufferedReader on the raw stream of the socket. _TimedResponse puts this
+    class between the two, because it does two things:
+    - One deadline covers the whole response. The timeout of a socket covers
+      only one read, so a slow server could make a response last forever.
+    - If the server closes the connection, reading raises EOFError. Without
+      this, http.client would take the headers received so far as all of them.
     """
 
     def __init__(self, sock: Any, raw_stream: io.RawIOBase) -> None:
-        # http.client makes the object for a response when its request has
-        # been sent, so the time for the whole response starts here. readinto
-        # changes the timeout of the socket later.
+        # The request has been sent, and its response is awaited. Read the
+        # timeout of the socket now, because readinto changes it later.
         self._deadline = time.monotonic() + sock.gettimeout()
         self._sock = sock
         self._raw_stream = raw_stream
@@ -896,7 +894,8 @@ def _new_connection(
     )
     if proxy is not None:
         # With this, http.client first asks the proxy in plain HTTP for a
-        # tunnel to request.host, and then begins TLS with that host in it.
+        # tunnel to request.host, and then begins TLS with that host through
+        # the tunnel.
         connection.set_tunnel(request.host, headers=proxy.headers)
     return connection
 
@@ -911,10 +910,9 @@ def _connect(request: Request, timeout: float) -> http.client.HTTPConnection:
     except BaseException:
         connection.close()
         raise
-    # When a thread ends, nobody closes its idle connections: they are only
-    # garbage-collected, and Python would give a ResourceWarning for their
-    # sockets. This closes the socket then, and when Python ends. (To close a
-    # socket twice does no harm.)
+    # Close the socket when the connection is garbage-collected (because its
+    # thread has ended), or when Python ends. Otherwise Python would give a
+    # ResourceWarning. If the socket is already closed, this does nothing.
     weakref.finalize(connection, connection.sock.close)
     return connection
 
@@ -968,7 +966,7 @@ def _check_size(body: Union[bytes, bytearray]) -> None:
         raise http.client.HTTPException("the body is larger than MAX_BODY")
 
 
-def _has_declared_length(response: http.client.HTTPResponse) -> bool:
+def _check_length_headers(response: http.client.HTTPResponse) -> bool:
     """Return whether a header tells where the body ends.
 
     Raise an error if more than one does, because they could contradict each
@@ -986,25 +984,27 @@ def _has_declared_length(response: http.client.HTTPResponse) -> bool:
 def _read_packed_body(response: http.client.HTTPResponse) -> bytes:
     """Return the body before unpacking; raise an error if it was cut off.
 
-    - If a header tells where the body ends, it is read up to there. If the
-      connection is closed before that, the body was cut off.
-    - Otherwise the body ends when the connection is closed. Nobody can tell
-      whether it was cut off, so this is an error for a status of 2xx, and is
-      accepted for all others.
+    Where http.client knows that the body ends, read1 returns no bytes: after
+    Content-Length or the last chunk, or at once for 204, 304 and HEAD. If the
+    connection is closed before that, _ResponseStream raises EOFError.
+
+    Without a length header, a body ends when the connection is closed. A body
+    that was cut off looks the same, so that is accepted only if the status is
+    not 2xx.
     """
-    has_declared_length = _has_declared_length(response)
-    close_ends_body = not has_declared_length and response.status >= 300
+    has_length_header = _check_length_headers(response)
+    close_ends_body = not has_length_header and response.status >= 300
     body = bytearray()
     while True:
         try:
-            # read1 returns the bytes of one step. read would collect those
-            # of several steps, and lose them all at an EOFError.
+            # read1 returns after one read of the stream. read would go on
+            # reading, and lose what it has read when EOFError is raised.
             part = response.read1(65536)
-        except EOFError:  # The connection was closed.
+        except EOFError:
             if close_ends_body:
                 return bytes(body)
             raise
-        if not part:  # This is where the body ends by its header.
+        if not part:
             return bytes(body)
         body += part
         _check_size(body)
@@ -1022,7 +1022,7 @@ def _read_body(response: http.client.HTTPResponse) -> bytes:
             f"Content-Encoding {encoding} is not supported"
         )
     with gzip.GzipFile(fileobj=io.BytesIO(packed)) as file:
-        # If the body is too large, one byte more shows it to _check_size.
+        # One byte more than allowed, so that _check_size sees if there is one.
         body = file.read(MAX_BODY + 1)
     _check_size(body)
     return body
@@ -1054,7 +1054,8 @@ def _send_and_receive(
 ) -> Response:
     """Send a request once and return its response."""
     try:
-        # This is the timeout to send; _ResponseStream reads it, too.
+        # This timeout is for sending. _ResponseStream later takes it as the
+        # time for the whole response.
         connection.sock.settimeout(timeout)
         connection.request(
             request.get_method(),
@@ -1084,7 +1085,7 @@ def send(request: Request, *, timeout: float = DEFAULT_TIMEOUT) -> Response:
 
     Raises NotSentError or UnknownOutcomeError. Raises ValueError if timeout
     is not a number above 0 and up to 86400 (a day). A KeyboardInterrupt
-    stays what it is; after it, too, the request may have been executed.
+    is not converted; after it, too, the request may have been executed.
     """
     if (
         isinstance(timeout, bool)
@@ -1137,7 +1138,7 @@ def _result(request: Request, response: Response) -> Any:
     except MemoryError as error:
         # A plain MemoryError would not say that the request was sent.
         raise UnknownOutcomeError(request, _describe(error)) from error
-    if not 200 <= response.status < 300:
+    if response.status >= 300:
         raise APIError(request, response.status, body, response.headers)
     return body
 
@@ -1238,11 +1239,11 @@ _STANDARD_OUTPUT = 1
 _STANDARD_ERROR = 2
 
 
-def _discard(descriptor: int) -> None:
-    """Send what is still to be written to the null device.
+def _redirect_to_null_device(descriptor: int) -> None:
+    """Redirect a file descriptor, after writing to it has failed.
 
-    When Python ends, it writes the rest of its buffers. After a write that
-    failed, that would fail again, and change the exit status.
+    The text is still in Python's buffer. When Python ends, it would write it
+    again, fail again, and change the exit status.
     """
     null_device = os.open(os.devnull, os.O_WRONLY)
     os.dup2(null_device, descriptor)
@@ -1255,7 +1256,7 @@ def _exit(status: int, message: str) -> NoReturn:
         if sys.stderr is not None:  # None if it was closed
             print(line, file=sys.stderr, flush=True)
     except OSError:
-        _discard(_STANDARD_ERROR)
+        _redirect_to_null_device(_STANDARD_ERROR)
     sys.exit(status)
 
 
@@ -1320,7 +1321,7 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
         "--base-url",
         metavar="URL",
         default=BASE_URL,
-        help="scheme and host of the exchange (default: %(default)s)",
+        help="where to send (default: %(default)s)",
     )
 
 
@@ -1335,7 +1336,7 @@ def _unique_names(pairs: List[Tuple[str, Any]]) -> Dict[str, Any]:
 
 
 def _read_json(source: str, text: Union[str, bytes]) -> Any:
-    """Return decoded JSON, in which no object has a duplicate name."""
+    """Return decoded JSON; raise ValueError if an object repeats a name."""
     try:
         return json.loads(text, object_pairs_hook=_unique_names)
     except (ValueError, RecursionError) as error:
@@ -1435,9 +1436,9 @@ def _print(result: Any, is_dry_run: bool) -> None:
         print(text, flush=True)
     except BrokenPipeError:
         # This is no error: the reader of a pipe, such as head, has stopped.
-        _discard(_STANDARD_OUTPUT)
+        _redirect_to_null_device(_STANDARD_OUTPUT)
     except (Exception, KeyboardInterrupt) as error:
-        _discard(_STANDARD_OUTPUT)
+        _redirect_to_null_device(_STANDARD_OUTPUT)
         message = f"cannot print: {_describe(error)}"
         if is_dry_run:
             _exit(2, message)

@@ -1423,6 +1423,7 @@ class Calls(ExchangeCase):
             self.assertIsInstance(response, bpx.Response)
             self.assertEqual(response, (status, response.headers, b"[1]"))
             self.assertEqual(response.headers["x-limit"], "9")
+            self.assertIs(type(response.body), bytes)
         with self.assertRaises(TypeError):
             bpx.send(built, 5)
 
@@ -1436,6 +1437,7 @@ class Calls(ExchangeCase):
                     self.send("GET", "/p")
             if error is MemoryError:
                 self.assertIsInstance(caught.exception.__cause__, error)
+                self.assertEqual(str(caught.exception), "GET /p: MemoryError:")
             self.exchange.seen.clear()
 
 
@@ -1501,7 +1503,7 @@ ftp://{} ://{} http:/me:PASSWORD@{}
 http//me:PASSWORD@{} http://me:PASSWORD http://me:PASSWORD@
 http://@{} http://me:PASSWORD@/ http://me:PASSWORD@{}/path
 http://me:PASSWORD/{} http://{}:PASSWORD http://{}:1
-http://localhost:x http://localhost:123456 http://[localhost]:1
+http://localhost: http://localhost:x http://localhost:123456 http://[localhost]:1
 """.split()
 # Reason, script. All are over at once, and no 2xx came back whole.
 BROKEN = [
@@ -1787,8 +1789,8 @@ class Transport(SecretsCase):
             ("http://127.0.0.1", ("127.0.0.1", 80)),
             ("HTTP://127.0.0.1:5/", ("127.0.0.1", 5)),
             ("127.0.0.1:65535", ("127.0.0.1", 65535)),
-            ("http://[::1]:5", ("::1", 5)),
-            ("http://a:b@c@proxy_1.example:5", ("proxy_1.example", 5)),
+            ("http://[::ffff:127.0.0.1]:5", ("::ffff:127.0.0.1", 5)),
+            ("http://a:b@c@proxy-1_b.example:5", ("proxy-1_b.example", 5)),
         ]:
             with self.subTest(proxy), mock.patch(
                 "socket.create_connection", side_effect=OSError
@@ -2149,8 +2151,7 @@ options:
                       most 60000 (default: 5000)
   --timeout S         seconds for each step: to connect, to send and to
                       receive (default: 10.0)
-  --base-url URL      scheme and host of the exchange (default:
-                      https://api.backpack.exchange)
+  --base-url URL      where to send (default: https://api.backpack.exchange)
 
 name=text sends a parameter as text, and name:=json as a JSON value. A request
 that must be signed is signed with the secret key in the environment variable
