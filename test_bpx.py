@@ -1689,10 +1689,8 @@ class Transport(SecretsCase):
         environ.start()
         self.addCleanup(environ.stop)
         self.trust(PEM_FILE)
-        self.addCleanup(signal.signal, signal.SIGINT, signal.SIG_DFL)
-        self.addCleanup(
-            signal.signal, signal.SIGINT, self.raise_on_interrupt()
-        )
+        handler = self.raise_on_interrupt()
+        self.addCleanup(signal.signal, signal.SIGINT, handler)
         catch = warnings.catch_warnings(record=True)
         self.warnings = catch.__enter__()
         self.addCleanup(catch.__exit__)
@@ -1703,7 +1701,7 @@ class Transport(SecretsCase):
         self.assertEqual([str(each.message) for each in self.warnings], [])
 
     def raise_on_interrupt(self, error=KeyboardInterrupt):
-        """Raise an error in this thread on an interrupt, as Ctrl-C does."""
+        """Raise an error on an interrupt; return the handler before that."""
 
         def handler(number, frame):
             raise error
