@@ -1503,7 +1503,7 @@ ftp://{} ://{} http:/me:PASSWORD@{}
 http//me:PASSWORD@{} http://me:PASSWORD http://me:PASSWORD@
 http://@{} http://me:PASSWORD@/ http://me:PASSWORD@{}/path
 http://me:PASSWORD/{} http://{}:PASSWORD http://{}:1
-http://localhost: http://localhost:x http://localhost:123456 http://[localhost]:1
+http://{}// http://localhost: http://localhost:x http://localhost:123456 http://[localhost]:1
 """.split()
 # Reason, script. All are over at once, and no 2xx came back whole.
 BROKEN = [
@@ -1942,8 +1942,8 @@ class Transport(SecretsCase):
             [interrupt],
             [interrupt, 0.05, TWO],
             [HEAD, interrupt],
-            [LENGTH % 4 + b"{}", interrupt],
-            [sized(BAD, b"1234")[:-2], interrupt],
+            [LENGTH % 4 + b"{}", 0.05, interrupt],
+            [sized(BAD, b"1234")[:-2], 0.05, interrupt],
         ]
         for error in (KeyboardInterrupt, SystemExit):
             self.raise_on_interrupt(error)
