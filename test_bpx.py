@@ -915,8 +915,9 @@ class CanonicalString(SecretsCase):
             Changing, "items", lambda self: params.update(c="d") or []
         )
         message = "^params: pass a copy, because dictionary changed size "
-        with self.assertRaisesRegex(ValueError, message), grow:
+        with self.assertRaisesRegex(ValueError, message) as caught, grow:
             bpx.canonical_string("a", params, 5)
+        self.assertTrue(caught.exception.__suppress_context__)
 
     def test_memory_errors_are_not_swallowed(self):
         with mock.patch.object(Changing, "items", side_effect=MemoryError):
@@ -1064,6 +1065,7 @@ class BuildRequest(SecretsCase):
             ("https://a.example/X", "https://a.example/X/p"),
             ("https://a-1.b:8443/x/y_z.~", "https://a-1.b:8443/x/y_z.~/p"),
             ("https://[2001:db8::1]:8443", "https://[2001:db8::1]:8443/p"),
+            ("https://[::1.2.3.4]", "https://[::1.2.3.4]/p"),
             ("https://a.example:1", "https://a.example:1/p"),
             ("https://a.example:65535/", "https://a.example:65535/p"),
             ("http://localhost:1", "http://localhost:1/p"),
@@ -1860,6 +1862,9 @@ class Transport(SecretsCase):
                 status = int(reason[:3]) if reason[:3].isdigit() else 400
                 self.assertEqual((error.status, error.body), (status, body))
                 self.assertEqual(self.ask(server.url), connection)
+        with ScriptedServer([BAD + b"\r\nno", close]) as server:
+            built = bpx.build_request("GET", "/p", base_url=server.url)
+            self.assertIs(type(bpx.send(built).body), bytes)
 
     def test_compression_is_asked_for(self):
         with ScriptedServer() as server:
@@ -1967,6 +1972,11 @@ class Transport(SecretsCase):
             thread.join()
         gc.collect()
         del self.warnings[:]  # ssl itself leaves its socket open.
+        with ScriptedServer([0.05, interrupt]) as proxy:
+            os.environ["https_proxy"] = proxy.url
+            with self.assertRaises(KeyboardInterrupt):
+                self.order(f"https{plain.url[4:]}")
+            self.assertTrue(proxy.has_closed(1))
 
     def test_proxy(self):
         with TLSScriptedServer() as tls:
