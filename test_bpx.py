@@ -2444,16 +2444,26 @@ class CommandLine(ExchangeCase):
     def test_closed_streams(self):
         url = ("--base-url", self.exchange.url)
         text = "bpx.py: cannot print: OSError: standard output is closed\n"
-        with mock.patch("sys.stdout", None), mock.patch("os.dup2") as dup2:
-            with contextlib.redirect_stderr(io.StringIO()) as errors:
+        broken = mock.Mock(write=mock.Mock(side_effect=OSError))
+        # Output, errors, options, status, what is printed to the other one,
+        # the file descriptor that is redirected.
+        for output, errors, options, status, printed, descriptor in [
+            (None, io.StringIO(), [], 4, text, 1),
+            (None, io.StringIO(), ["--dry-run"], 2, text, 1),
+            (io.StringIO(), broken, ["--timeout", "0"], 2, "", 2),
+            (io.StringIO(), None, ["--timeout", "0"], 2, "", None),
+        ]:
+            with self.subTest(options, status=status), mock.patch.multiple(
+                "sys", stdout=output, stderr=errors
+            ), mock.patch("os.dup2") as dup2:
                 with self.assertRaises(SystemExit) as caught:
-                    bpx.main(["GET", "/p", *url])
-        os.close(dup2.call_args[0][0])
-        self.assertEqual((caught.exception.code, errors.getvalue()), (4, text))
-        with mock.patch("sys.stderr", None), self.assertRaises(SystemExit):
-            with contextlib.redirect_stdout(io.StringIO()) as output:
-                bpx.main(["GET", "/p?", *url])
-        self.assertEqual(output.getvalue(), "")
+                    bpx.main(["GET", "/p", *url, *options])
+            self.assertEqual(caught.exception.code, status)
+            self.assertEqual((output or errors).getvalue(), printed)
+            self.assertEqual(dup2.called, descriptor is not None)
+            if dup2.called:
+                self.assertEqual(dup2.call_args[0][1], descriptor)
+                os.close(dup2.call_args[0][0])
 
     def test_what_was_sent_is_not_called_untried(self):
         for error, status, text in [
