@@ -1505,7 +1505,8 @@ ftp://{} ://{} http:/me:PASSWORD@{}
 http//me:PASSWORD@{} http://me:PASSWORD http://me:PASSWORD@
 http://@{} http://me:PASSWORD@/ http://me:PASSWORD@{}/path
 http://me:PASSWORD/{} http://{}:PASSWORD http://{}:1
-http://{}// http://localhost: http://localhost:x http://localhost:123456 http://[localhost]:1
+http://{}// http://http://{} http://[]:1
+http://localhost: http://localhost:x http://localhost:123456 http://[localhost]:1
 """.split()
 # Reason, script. All are over at once, and no 2xx came back whole.
 BROKEN = [
