@@ -756,7 +756,7 @@ def build_request(
             _sign(instruction, mappings, secret_key, timestamp, window)
         )
     is_batch = isinstance(params, (list, tuple))
-    content = mappings if is_batch else mappings[0]  # the only one
+    content = mappings if is_batch else mappings[0]  # the only mapping
     if method == "GET":
         return Request(url + _query(content), headers=all_headers)
     all_headers["Content-Type"] = "application/json; charset=utf-8"
@@ -791,13 +791,15 @@ class Response(NamedTuple):
 class _ResponseStream(io.RawIOBase):
     """The raw stream of one response, with a deadline and an error at its end.
 
-    http.client reads a response from HTTPResponse.fp, which is a
-    BufferedReader on the raw stream of the socket. _TimedResponse puts this
-    class between the two, because it does two things:
-    - One deadline covers the whole response. The timeout of a socket covers
-      only one read, so a slow server could make a response last forever.
-    - If the server closes the connection, reading raises EOFError. Without
-      this, http.client would take the headers received so far as all of them.
+    _TimedResponse puts it into the chain through which http.client reads:
+
+        HTTPResponse -> BufferedReader -> _ResponseStream -> socket's stream
+
+    It adds two things:
+    - One deadline for the whole response. The timeout of a socket covers only
+      one read, so a slow server could make a response last forever.
+    - An EOFError if the server closes the connection. Without it, http.client
+      accepts headers that were cut off, as if they were complete.
     """
 
     def __init__(self, sock: Any, raw_stream: io.RawIOBase) -> None:
@@ -860,7 +862,7 @@ class _Proxy(NamedTuple):
 
 
 def _find_proxy(host: str) -> Optional[_Proxy]:
-    """Return the environment's https proxy for a host, or None."""
+    """Return the https proxy for a host, from the environment, or None."""
     proxy_url = urllib.request.getproxies().get("https")
     if proxy_url is None or urllib.request.proxy_bypass(host):
         return None
@@ -903,7 +905,8 @@ def _new_connection(
 def _connect(request: Request, timeout: float) -> http.client.HTTPConnection:
     """Return an open connection to the host of a request."""
     connection = _new_connection(request, timeout)
-    # http.client uses this class for every response, even to CONNECT.
+    # http.client uses this class for every response, also for the answer of
+    # a proxy to the request for a tunnel.
     connection.response_class = _TimedResponse
     try:
         connection.connect()
@@ -966,7 +969,7 @@ def _check_size(body: Union[bytes, bytearray]) -> None:
         raise http.client.HTTPException("the body is larger than MAX_BODY")
 
 
-def _check_length_headers(response: http.client.HTTPResponse) -> bool:
+def _has_length_header(response: http.client.HTTPResponse) -> bool:
     """Return whether a header tells where the body ends.
 
     Raise an error if more than one does, because they could contradict each
@@ -984,15 +987,17 @@ def _check_length_headers(response: http.client.HTTPResponse) -> bool:
 def _read_packed_body(response: http.client.HTTPResponse) -> bytes:
     """Return the body before unpacking; raise an error if it was cut off.
 
-    Where http.client knows that the body ends, read1 returns no bytes: after
-    Content-Length or the last chunk, or at once for 204, 304 and HEAD. If the
-    connection is closed before that, _ResponseStream raises EOFError.
-
-    Without a length header, a body ends when the connection is closed. A body
-    that was cut off looks the same, so that is accepted only if the status is
-    not 2xx.
+    A body can end in two ways:
+    1. http.client knows the end: from Content-Length, from the last chunk, or
+       because there is no body (204, 304, HEAD). Then read1 returns no bytes.
+       If the connection is closed before that end, EOFError is raised.
+    2. There is no length header, so only the closing of the connection ends
+       the body, with an EOFError. A body that was cut off looks the same. For
+       2xx this is an error, because a half result could be taken for a whole
+       one. For other statuses the body is returned.
     """
-    has_length_header = _check_length_headers(response)
+    has_length_header = _has_length_header(response)
+    # _receive has refused statuses below 200, so this means: not 2xx.
     close_ends_body = not has_length_header and response.status >= 300
     body = bytearray()
     while True:
@@ -1240,10 +1245,11 @@ _STANDARD_ERROR = 2
 
 
 def _redirect_to_null_device(descriptor: int) -> None:
-    """Redirect a file descriptor, after writing to it has failed.
+    """Let a file descriptor discard everything, after a write to it failed.
 
-    The text is still in Python's buffer. When Python ends, it would write it
-    again, fail again, and change the exit status.
+    Python still has the text in its buffer, and writes that text again when
+    it ends. That write must succeed (into the null device), because a second
+    failure would change the exit status.
     """
     null_device = os.open(os.devnull, os.O_WRONLY)
     os.dup2(null_device, descriptor)
@@ -1326,7 +1332,10 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _unique_names(pairs: List[Tuple[str, Any]]) -> Dict[str, Any]:
-    """Return the dict of these pairs; raise if a name is repeated."""
+    """Return the dict of these pairs; raise if a name is repeated.
+
+    json.loads alone would silently keep the last value.
+    """
     mapping = {}
     for name, value in pairs:
         if name in mapping:
