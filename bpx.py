@@ -803,8 +803,10 @@ class _ResponseStream(io.RawIOBase):
     """
 
     def __init__(self, sock: Any, raw_stream: io.RawIOBase) -> None:
-        # The request has been sent, and its response is awaited. Read the
-        # timeout of the socket now, because readinto changes it later.
+        # http.client makes a response, and so this stream, when it has sent
+        # the request: the deadline counts from now. The socket still has the
+        # timeout that _send_and_receive has set, or _connect for a proxy;
+        # readinto changes it later.
         self._deadline = time.monotonic() + sock.gettimeout()
         self._sock = sock
         self._raw_stream = raw_stream
@@ -905,17 +907,18 @@ def _new_connection(
 def _connect(request: Request, timeout: float) -> http.client.HTTPConnection:
     """Return an open connection to the host of a request."""
     connection = _new_connection(request, timeout)
-    # http.client uses this class for every response, also for the answer of
-    # a proxy to the request for a tunnel.
+    # Give every response a deadline, also that of a proxy, which connect
+    # reads.
     connection.response_class = _TimedResponse
     try:
         connection.connect()
     except BaseException:
         connection.close()
         raise
-    # Close the socket when the connection is garbage-collected (because its
-    # thread has ended), or when Python ends. Otherwise Python would give a
-    # ResourceWarning. If the socket is already closed, this does nothing.
+    # When a thread or Python ends, nobody closes its idle connections, and
+    # Python would give a ResourceWarning. finalize closes the socket then. (A
+    # method of the connection itself would keep the connection alive. To
+    # close a socket twice does nothing.)
     weakref.finalize(connection, connection.sock.close)
     return connection
 
@@ -1002,8 +1005,8 @@ def _read_packed_body(response: http.client.HTTPResponse) -> bytes:
     body = bytearray()
     while True:
         try:
-            # read1 returns after one read of the stream. read would go on
-            # reading, and lose what it has read when EOFError is raised.
+            # Not read: it collects many parts, and if EOFError is raised in
+            # between, the parts that it has collected are lost.
             part = response.read1(65536)
         except EOFError:
             if close_ends_body:
@@ -1019,7 +1022,7 @@ def _read_body(response: http.client.HTTPResponse) -> bytes:
     """Return the unpacked body; raise an error unless it is whole."""
     packed = _read_packed_body(response)
     encodings = response.headers.get_all("Content-Encoding", ["identity"])
-    encoding = ", ".join(encodings).lower()
+    encoding = ", ".join(encodings).strip().lower()
     if encoding == "identity":
         return packed
     if encoding != "gzip" or _ACCEPT_ENCODING != "gzip":
@@ -1437,14 +1440,16 @@ def _run(args: argparse.Namespace) -> Any:
 
 
 def _print(result: Any, is_dry_run: bool) -> None:
-    """Print a result, or exit with an error."""
+    """Print a result. If that fails, exit with 2 for a dry run, else with 4.
+
+    A pipe that is closed, such as by head, is not a failure.
+    """
     try:
         text = result if is_dry_run else json.dumps(result, indent=2)
-        if sys.stdout is None:
+        if sys.stdout is None:  # print would do nothing.
             raise OSError("standard output is closed")
         print(text, flush=True)
     except BrokenPipeError:
-        # This is no error: the reader of a pipe, such as head, has stopped.
         _redirect_to_null_device(_STANDARD_OUTPUT)
     except (Exception, KeyboardInterrupt) as error:
         _redirect_to_null_device(_STANDARD_OUTPUT)

@@ -1619,7 +1619,7 @@ WHOLE = [
     ("gzip", [packed(b'{"a": 1}')], {"a": 1}, 1),
     ("gzip in pieces", [packed(b'{"a": 1}')[:-9], 0.01, packed(b'{"a": 1}')[-9:]], {"a": 1}, 1),
     ("gzip in chunks", [HEAD + PACKED + CHUNKS + b"%x\r\n" % len(ONE) + ONE + b"\r\n" + LAST], 1, 1),
-    ("GZIP", [packed(b"[]", HEAD + PACKED.replace(b"gzip", b"GZIP"))], [], 1),
+    ("GZIP", [packed(b"[]", HEAD + PACKED.replace(b"gzip", b"GZIP "))], [], 1),
     ("two gzip members", [sized(HEAD + PACKED, ONE + ONE)], 11, 1),
     ("gzip of nothing", [packed(b"")], None, 1),
     ("nothing of gzip", [sized(HEAD + PACKED, b"")], None, 1),
