@@ -30,7 +30,7 @@ window=5000
 
 This secret key is the example in the exchange's Python guide.
 
-The file has six parts, and each can be used without the later ones:
+The file has six parts, and each uses only those before it:
 
 1. canonical_string returns the text that is signed.
 2. sign_request returns the headers with the signature of that text.
@@ -65,7 +65,6 @@ import threading
 import time
 import urllib.parse
 import urllib.request
-import weakref
 from decimal import Decimal
 from enum import Enum
 from typing import Any, Dict, List, Mapping, NamedTuple, NoReturn, Optional
@@ -110,7 +109,7 @@ DEFAULT_WINDOW = 5000  # milliseconds for which a signed request is valid
 MAX_WINDOW = 60000  # milliseconds, the exchange's limit
 DEFAULT_TIMEOUT = 10.0  # seconds for each step: to connect, send and receive
 MAX_IDLE = 15.0  # seconds after which an idle connection is not used again
-MAX_BODY = 16 * 1024 * 1024  # bytes of a body, as received and unpacked
+MAX_BODY = 16 * 1024 * 1024  # bytes of a body, both packed and unpacked
 
 # The parameters of a request: None, a mapping of names to values, or (for a
 # batch of orders) a list or tuple of such mappings.
@@ -207,8 +206,8 @@ class APIError(BPXError):
     status is an int, body is the decoded body, and headers are those of the
     response. If body is a dict, code is body.get("code"), and message is
     body.get("message"); otherwise code is None, and message is body.
-    outcome_unknown is True for 408 and 5xx: a gateway may send these even if
-    the exchange executes the request.
+    outcome_unknown is True for 408 and 5xx: a gateway may send these although
+    the exchange has executed the request.
     """
 
     def __init__(
@@ -230,8 +229,8 @@ class APIError(BPXError):
             if isinstance(field, (str, int, float)):
                 reason += f" {field}"
         super().__init__(request, reason)
-        # pickle copies an error by calling APIError(*args), so args must be
-        # the arguments of this __init__, and not those of BPXError.
+        # pickle copies an error by calling APIError(*self.args). BPXError has
+        # set args to its own two arguments, so set them to these four.
         self.args = (request, status, body, headers)
 
 
@@ -245,9 +244,9 @@ class UnknownOutcomeError(BPXError):
     The exchange may have executed the request, so do not repeat an order
     before you have looked for it. Wait until timestamp + window has passed,
     because the exchange may accept the order until then. (The timestamp is
-    in error.request.headers["X-timestamp"].) Then search for the clientId
-    that you gave it: GET /api/v1/order finds an open order, and
-    GET /wapi/v1/history/orders a filled or cancelled one.
+    in error.request.headers["X-timestamp"].) Then search for the order by its
+    clientId, which you should give to every order: GET /api/v1/order finds an
+    open order, and GET /wapi/v1/history/orders a filled or cancelled one.
     """
 
     outcome_unknown = True
@@ -264,14 +263,25 @@ def _describe(error: BaseException) -> str:
 
 
 def _number_or_type(value: Any) -> str:
-    """Return what an error message may show of a bad value.
+    """Return a number as text, and for any other value the name of its type.
 
-    Numbers are shown. Of anything else, only the type is shown, because the
-    value could be a secret.
+    Error messages show this of a bad value, because the value itself could be
+    a secret.
     """
     if isinstance(value, (int, float)):
         return repr(value)
     return type(value).__name__
+
+
+def _quote(text: str) -> str:
+    """Return a text in quotes for an error message, or its length.
+
+    A text of 43 or more characters is not shown, because it could be a key
+    that the caller has passed in the wrong place.
+    """
+    if len(text) >= 43:
+        return f"a text of {len(text)} characters"
+    return repr(text)
 
 
 def _check_str(value: Any, place: str) -> None:
@@ -279,7 +289,7 @@ def _check_str(value: Any, place: str) -> None:
         raise TypeError(f"{place}: pass a str, not {type(value).__name__}")
 
 
-# --- 1. Canonical string: pure text, no keys, no clock ---
+# --- 1. Canonical string: needs no key and no clock ---
 #
 # First the parameters are normalized: they are converted to dict, list, str,
 # int and bool, and every None is left out. What is signed and what is sent
@@ -287,16 +297,16 @@ def _check_str(value: Any, place: str) -> None:
 # Subclasses of str, int and Decimal are converted to the plain type, because
 # they may have another __str__.
 
-# How JSON is written, in a request's body and in the canonical string.
+# Writes the JSON of a request's body, and of mappings in the canonical string.
 _JSON_ENCODER = json.JSONEncoder(
     ensure_ascii=False, separators=(",", ":"), sort_keys=True
 )
 
 
 def _normalize_params(params: Any) -> List[Dict[str, Any]]:
-    """Return a list of normalized mappings.
+    """Return one normalized mapping for each order of a batch.
 
-    For a batch, it has one for each order. Otherwise it has exactly one.
+    If params are not a batch, return a list of exactly one.
     """
     try:
         if isinstance(params, (list, tuple)):
@@ -307,9 +317,11 @@ def _normalize_params(params: Any) -> List[Dict[str, Any]]:
         else:
             mapping = {} if params is None else params
             mappings = [_normalize_mapping(mapping, "params")]
-    except RecursionError:  # a subclass of RuntimeError, so it comes first
+    except RecursionError:
+        # Before RuntimeError, because it is a subclass of RuntimeError.
         raise ValueError("params: pass fewer levels of nesting") from None
-    except RuntimeError as error:  # A mapping has changed while it was read.
+    except RuntimeError as error:
+        # Another thread has changed a mapping while it was read.
         raise ValueError(f"params: pass a copy, because {error}") from None
     if not mappings:
         raise ValueError("params: pass at least one order in a batch")
@@ -325,8 +337,8 @@ def _normalize_mapping(mapping: Any, place: str) -> Dict[str, Any]:
         )
     normalized = {}
     for name, value in mapping.items():
-        # A plain ASCII str needs no change. Skipping these calls for it saves
-        # a tenth of the time to sign an order.
+        # Most names and values are plain ASCII str, which need no change. Not
+        # calling the functions for them makes signing a tenth faster.
         if not (type(name) is str and name.isascii()):
             name = _normalize_name(name, place)
         if not (type(value) is str and value.isascii()):
@@ -348,7 +360,7 @@ def _normalize_name(name: Any, place: str) -> str:
 
 def _normalize_value(value: Any, place: str) -> Any:
     """Return a normalized value; place is its position, for errors."""
-    if isinstance(value, Enum):  # Tested first: it may also be a str or int.
+    if isinstance(value, Enum):  # First, because it may also be a str or int.
         return _normalize_value(value.value, place)
     if value is None or isinstance(value, bool):
         return value
@@ -390,8 +402,8 @@ def _normalize_decimal(value: Decimal, place: str) -> str:
     number = Decimal(value)  # converts a subclass
     if not number.is_finite():
         raise ValueError(f"{place}: pass a finite number, not {number}")
-    power = number.adjusted()  # the power of ten of the first digit
-    if abs(power) >= 1000:  # 1E+999999999 would fill the memory.
+    exponent = number.adjusted()  # in scientific notation: 2 for 123
+    if abs(exponent) >= 1000:  # 1E+999999999 would fill the memory.
         raise ValueError(
             f"{place}: pass an exponent from -999 to +999, not {number}"
         )
@@ -405,8 +417,8 @@ def _normalize_list(items: Any, place: str) -> List[Any]:
         value = _normalize_value(item, f"{place}[{index}]")
         if isinstance(value, (list, dict)):
             raise TypeError(
-                f"{place}[{index}]: pass a single value, because a list "
-                f"cannot hold a {type(item).__name__}"
+                f"{place}[{index}]: pass only single values in a list, "
+                f"not {type(item).__name__}"
             )
         if value is not None:
             normalized.append(value)
@@ -438,9 +450,9 @@ def _value_text(value: Any) -> str:
         return "true" if value else "false"
     if isinstance(value, int):
         return str(value)
-    # The exchange does not document how an object is signed. This
-    # implementation assumes its compact JSON, because the exchange's Rust
-    # client signs each field as its JSON text (a string without its quotes).
+    # The exchange does not document how a mapping is signed. This
+    # implementation assumes compact JSON. The exchange's Rust client, too,
+    # signs the JSON of each value, but removes the quotes of a string.
     return _JSON_ENCODER.encode(value)
 
 
@@ -514,8 +526,8 @@ def _from_base64(text: str) -> Optional[bytes]:
         data = base64.b64decode(text)
     except ValueError:
         return None
-    # b64decode ignores wrong characters. If there were any, encoding the
-    # data again gives another text.
+    # b64decode skips characters that are not base64. If it has skipped any,
+    # encoding the data again does not give the same text.
     return data if _to_base64(data) == text else None
 
 
@@ -615,33 +627,37 @@ _RESERVED_HEADERS = (  # build_request, send or http.client sets these.
 def _check_method(method: Any) -> None:
     _check_str(method, "method")
     if not _METHOD_PATTERN.fullmatch(method):
-        raise ValueError(f"method: pass a word, such as 'GET', not {method!r}")
+        raise ValueError(
+            f"method: pass a word, such as 'GET', not {_quote(method)}"
+        )
 
 
 def _check_path(path: Any) -> None:
     _check_str(path, "path")
     if "://" in path or path.startswith("//"):
-        # The message does not show the URL: it could hold a password.
+        # The message does not show the URL, because it could hold a password.
         raise ValueError(
             "path: pass only the path of the URL, such as '/api/v1/order'; "
             "pass the scheme and host as base_url"
         )
     if "?" in path:
         raise ValueError(
-            f"path: pass the query as params, not within the path {path!r}"
+            f"path: pass the query as params, not within {_quote(path)}"
         )
     if not path.startswith("/"):
         raise ValueError(
-            f"path: begin with a slash, as in '/api/v1/order', not {path!r}"
+            "path: begin with a slash, as in '/api/v1/order', "
+            f"not {_quote(path)}"
         )
     if not _PATH_PATTERN.fullmatch(path):
         raise ValueError(
-            f"path: use only letters, digits and - . _ ~ % /, not {path!r}"
+            "path: use only letters, digits and - . _ ~ % /, "
+            f"not {_quote(path)}"
         )
 
 
 def _check_base_url(base_url: Any) -> None:
-    # No message shows the URL: it could hold a password.
+    # No message shows the URL, because it could hold a password.
     _check_str(base_url, "base_url")
     match = _BASE_URL_PATTERN.fullmatch(base_url)
     if match is None:
@@ -660,7 +676,7 @@ def _check_base_url(base_url: Any) -> None:
 
 
 def _normalize_headers(headers: Any) -> Dict[str, str]:
-    """Return the headers of the caller as plain str."""
+    """Return the headers of the caller as plain str, with lower-case names."""
     if headers is None:
         return {}
     if not isinstance(headers, Mapping):
@@ -670,19 +686,21 @@ def _normalize_headers(headers: Any) -> Dict[str, str]:
     normalized = {}
     # dict makes a copy, because another thread could change the headers.
     for name, value in dict(headers).items():
-        # No message shows a value: it could be a secret.
+        # No message shows a value, because it could be a secret.
         is_str = isinstance(name, str)
         if not is_str or not _HEADER_NAME_PATTERN.fullmatch(name):
             raise ValueError("headers: pass names of letters, digits and -")
-        if name.lower() in _RESERVED_HEADERS:
+        lower_name = str.lower(name)  # also converts a subclass of str
+        if lower_name in _RESERVED_HEADERS:
             raise ValueError(
                 f"header {name}: leave it out, because bpx.py sets it"
             )
+        if lower_name in normalized:
+            raise ValueError(f"header {name}: pass it only once")
         _check_str(value, f"header {name}")
         if not _HEADER_VALUE_PATTERN.fullmatch(value):
             raise ValueError(f"header {name}: pass printable ASCII text")
-        # str.__str__ converts a subclass of str.
-        normalized[str.__str__(name)] = str.__str__(value)
+        normalized[lower_name] = str.__str__(value)  # converts a subclass
     return normalized
 
 
@@ -691,7 +709,8 @@ def _find_instruction(
 ) -> Optional[str]:
     """Return the instruction to sign with, or None for a public request.
 
-    A signed request needs a secret_key, and a public one must have none.
+    Raise ValueError if secret_key is missing for a signed request, or passed
+    for a public one.
     """
     operation = method + " " + path
     if instruction is None:
@@ -736,11 +755,12 @@ def build_request(
 ) -> Request:
     """Return the whole request: its method, URL, headers and body.
 
-    GET sends params in its query, every other method in a JSON body. If
-    instruction is passed, or found in INSTRUCTIONS, the request is signed,
-    as in sign_request. Otherwise it is public, and secret_key must be None.
-    base_url is https, or http to localhost. headers are not signed. Raises
-    TypeError, ValueError and ImportError as sign_request does.
+    GET sends params in its query, every other method in a JSON body. The
+    request is signed if instruction is passed, or if INSTRUCTIONS has its
+    method and path; then secret_key is required. Otherwise it is public, and
+    secret_key must be None. base_url is https, or http to localhost. headers
+    are not signed. Raises TypeError, ValueError and ImportError as
+    sign_request does.
     """
     _check_method(method)
     _check_path(path)
@@ -756,7 +776,7 @@ def build_request(
             _sign(instruction, mappings, secret_key, timestamp, window)
         )
     is_batch = isinstance(params, (list, tuple))
-    content = mappings if is_batch else mappings[0]  # the only mapping
+    content = mappings if is_batch else mappings[0]  # the only one
     if method == "GET":
         return Request(url + _query(content), headers=all_headers)
     all_headers["Content-Type"] = "application/json; charset=utf-8"
@@ -768,7 +788,7 @@ def build_request(
 #
 # This part uses http.client, because urllib's own transport
 # - opens a new connection for each request, which takes two more round trips,
-# - follows redirects, and so sends the signature to another host,
+# - follows redirects, and so could send the signature to another host,
 # - has no timeout for a response as a whole.
 #
 # Each thread keeps one idle connection per origin (scheme, host and port).
@@ -789,27 +809,25 @@ class Response(NamedTuple):
 
 
 class _ResponseStream(io.RawIOBase):
-    """The raw stream of one response, with a deadline and an error at its end.
+    """The bytes of one response; http.client reads it in place of the socket.
 
-    _TimedResponse puts it into the chain through which http.client reads:
-
-        HTTPResponse -> BufferedReader -> _ResponseStream -> socket's stream
-
-    It adds two things:
-    - One deadline for the whole response. The timeout of a socket covers only
+    It reads from the socket, and adds two things:
+    - A deadline for the whole response. The timeout of a socket covers only
       one read, so a slow server could make a response last forever.
     - An EOFError if the server closes the connection. Without it, http.client
-      accepts headers that were cut off, as if they were complete.
+      would take headers that were cut off for complete ones.
     """
 
-    def __init__(self, sock: Any, raw_stream: io.RawIOBase) -> None:
-        # http.client makes a response, and so this stream, when it has sent
-        # the request: the deadline counts from now. The socket still has the
-        # timeout that _send_and_receive has set, or _connect for a proxy;
-        # readinto changes it later.
-        self._deadline = time.monotonic() + sock.gettimeout()
+    def __init__(self, sock: Any, deadline: float) -> None:
         self._sock = sock
-        self._raw_stream = raw_stream
+        self._deadline = deadline
+        # http.client may close the socket before it has read the body (after
+        # "Connection: close"). It stays usable until this stream is closed.
+        self._socket_stream = sock.makefile("rb", buffering=0)
+
+    def makefile(self, mode: str) -> io.BufferedReader:
+        """Return a buffered stream, as the method of a socket does."""
+        return io.BufferedReader(self)
 
     def readable(self) -> bool:
         return True
@@ -820,25 +838,27 @@ class _ResponseStream(io.RawIOBase):
         if remaining <= 0:
             raise TimeoutError("timed out")
         self._sock.settimeout(remaining)
-        size: int = self._raw_stream.readinto(buffer)
+        size: int = self._socket_stream.readinto(buffer)
         if size == 0:
             raise EOFError("closed before the response was whole")
         return size
 
     def close(self) -> None:
-        self._raw_stream.close()
+        self._socket_stream.close()
         super().close()
 
 
-class _TimedResponse(http.client.HTTPResponse):
-    """A response of http.client that is read from a _ResponseStream."""
+def _set_response_timeout(connection: Any, timeout: float) -> None:
+    """Set the time that the next response of a connection may take."""
 
-    def __init__(self, sock: Any, *args: Any, **options: Any) -> None:
-        super().__init__(sock, *args, **options)
-        # Now self.fp is BufferedReader(raw stream). detach takes the raw
-        # stream out. Nothing has been read yet, so nothing is lost.
-        raw_stream = self.fp.detach()
-        self.fp = io.BufferedReader(_ResponseStream(sock, raw_stream))
+    def make_response(
+        sock: Any, *args: Any, **options: Any
+    ) -> http.client.HTTPResponse:
+        # http.client calls this when it has sent the request.
+        stream: Any = _ResponseStream(sock, time.monotonic() + timeout)
+        return http.client.HTTPResponse(stream, *args, **options)
+
+    connection.response_class = make_response
 
 
 @functools.lru_cache(maxsize=None)  # because loading certificates takes long
@@ -864,21 +884,26 @@ class _Proxy(NamedTuple):
 
 
 def _find_proxy(host: str) -> Optional[_Proxy]:
-    """Return the https proxy for a host, from the environment, or None."""
+    """Return the proxy for https requests to a host, or None.
+
+    It is set in the environment, or in the settings of the system.
+    """
     proxy_url = urllib.request.getproxies().get("https")
     if proxy_url is None or urllib.request.proxy_bypass(host):
         return None
     match = _PROXY_PATTERN.fullmatch(proxy_url)
     if match is None:
-        # The message does not show the URL: it could hold a password.
+        # The message does not show the URL, because it could hold a password.
         raise ValueError(
             "https_proxy: set it to http://HOST:PORT or to "
             "http://USER:PASSWORD@HOST:PORT; other proxies are not supported"
         )
     headers = {}
     if match["credentials"]:
-        credentials = urllib.parse.unquote(match["credentials"])
-        basic = _to_base64(credentials.encode())
+        user, _, password = match["credentials"].partition(":")
+        user = urllib.parse.unquote(user)
+        password = urllib.parse.unquote(password)
+        basic = _to_base64(f"{user}:{password}".encode())
         headers["Proxy-Authorization"] = f"Basic {basic}"
     return _Proxy(f"{match['host']}:{match['port'] or 80}", headers)
 
@@ -907,19 +932,13 @@ def _new_connection(
 def _connect(request: Request, timeout: float) -> http.client.HTTPConnection:
     """Return an open connection to the host of a request."""
     connection = _new_connection(request, timeout)
-    # Give every response a deadline, also that of a proxy, which connect
-    # reads.
-    connection.response_class = _TimedResponse
+    # Through a proxy, connect already reads a response: that of the proxy.
+    _set_response_timeout(connection, timeout)
     try:
         connection.connect()
     except BaseException:
         connection.close()
         raise
-    # When a thread or Python ends, nobody closes its idle connections, and
-    # Python would give a ResourceWarning. finalize closes the socket then. (A
-    # method of the connection itself would keep the connection alive. To
-    # close a socket twice does nothing.)
-    weakref.finalize(connection, connection.sock.close)
     return connection
 
 
@@ -928,12 +947,21 @@ class _Idle(NamedTuple):
     since: float  # time.monotonic() at the end of its last response
 
 
+class _IdleConnections(Dict[Any, _Idle]):
+    """The idle connections of one thread, by origin."""
+
+    def __del__(self) -> None:
+        # The thread has ended, or Python ends.
+        for idle in self.values():
+            idle.connection.close()
+
+
 class _ThreadConnections(threading.local):
-    """The idle connections of each thread."""
+    """Has other idle connections in each thread."""
 
     def __init__(self) -> None:
-        # threading.local calls this again in each thread.
-        self.by_origin: Dict[Any, _Idle] = {}
+        # threading.local calls this once in each thread.
+        self.by_origin = _IdleConnections()
 
 
 _connections = _ThreadConnections()
@@ -967,6 +995,10 @@ def _take_idle_connection(
     return idle.connection
 
 
+def _is_success(status: int) -> bool:
+    return status < 300  # _receive refuses those below 200.
+
+
 def _check_size(body: Union[bytes, bytearray]) -> None:
     if len(body) > MAX_BODY:
         raise http.client.HTTPException("the body is larger than MAX_BODY")
@@ -975,8 +1007,8 @@ def _check_size(body: Union[bytes, bytearray]) -> None:
 def _has_length_header(response: http.client.HTTPResponse) -> bool:
     """Return whether a header tells where the body ends.
 
-    Raise an error if more than one does, because they could contradict each
-    other.
+    Raise an error if there are several such headers, because they could
+    contradict each other.
     """
     declared = response.headers.get_all("Content-Length", [])
     declared += response.headers.get_all("Transfer-Encoding", [])
@@ -988,34 +1020,26 @@ def _has_length_header(response: http.client.HTTPResponse) -> bool:
 
 
 def _read_packed_body(response: http.client.HTTPResponse) -> bytes:
-    """Return the body before unpacking; raise an error if it was cut off.
-
-    A body can end in two ways:
-    1. http.client knows the end: from Content-Length, from the last chunk, or
-       because there is no body (204, 304, HEAD). Then read1 returns no bytes.
-       If the connection is closed before that end, EOFError is raised.
-    2. There is no length header, so only the closing of the connection ends
-       the body, with an EOFError. A body that was cut off looks the same. For
-       2xx this is an error, because a half result could be taken for a whole
-       one. For other statuses the body is returned.
-    """
-    has_length_header = _has_length_header(response)
-    # _receive has refused statuses below 200, so this means: not 2xx.
-    close_ends_body = not has_length_header and response.status >= 300
+    """Return the body before unpacking."""
+    has_length = _has_length_header(response)
     body = bytearray()
-    while True:
-        try:
-            # Not read: it collects many parts, and if EOFError is raised in
-            # between, the parts that it has collected are lost.
+    try:
+        # read1 returns what has arrived, and b"" at the end of the body.
+        # (read would lose what it has already received if it raises.)
+        part = response.read1(65536)
+        while part:
+            body += part
+            _check_size(body)
             part = response.read1(65536)
-        except EOFError:
-            if close_ends_body:
-                return bytes(body)
+    except EOFError:
+        # The server has closed the connection. If a header told the length,
+        # the body was cut off. Without such a header, closing is the regular
+        # end of a body, but a body that was cut off looks the same. Of an
+        # error, return what came. Of a success, do not: half a result must
+        # not be taken for a whole one.
+        if has_length or _is_success(response.status):
             raise
-        if not part:
-            return bytes(body)
-        body += part
-        _check_size(body)
+    return bytes(body)
 
 
 def _read_body(response: http.client.HTTPResponse) -> bytes:
@@ -1030,7 +1054,7 @@ def _read_body(response: http.client.HTTPResponse) -> bytes:
             f"Content-Encoding {encoding} is not supported"
         )
     with gzip.GzipFile(fileobj=io.BytesIO(packed)) as file:
-        # One byte more than allowed, so that _check_size sees if there is one.
+        # Ask for one byte too many: if it comes, _check_size raises.
         body = file.read(MAX_BODY + 1)
     _check_size(body)
     return body
@@ -1046,13 +1070,14 @@ def _receive(connection: http.client.HTTPConnection) -> Response:
             raise http.client.HTTPException(
                 f"unexpected status {response.status}"
             )
-        is_success = response.status < 300
         try:
             body = _read_body(response)
         except Exception:
-            if is_success:
+            if _is_success(response.status):
                 raise
-            connection.close()  # The rest of the body may still come.
+            # The status alone is worth returning. But the rest of the body
+            # may still come, so the connection must not be used again.
+            connection.close()
             body = b""
     return Response(response.status, response.headers, body)
 
@@ -1062,9 +1087,8 @@ def _send_and_receive(
 ) -> Response:
     """Send a request once and return its response."""
     try:
-        # This timeout is for sending. _ResponseStream later takes it as the
-        # time for the whole response.
-        connection.sock.settimeout(timeout)
+        connection.sock.settimeout(timeout)  # for sending
+        _set_response_timeout(connection, timeout)
         connection.request(
             request.get_method(),
             request.selector,
@@ -1076,11 +1100,21 @@ def _send_and_receive(
         connection.close()  # A late response must not reach the next request.
         raise
     if response.status == 408:
-        # The server may have sent it because the connection was idle, before
-        # it saw this request. The real response could still follow, so the
+        # A server may send 408 to close an idle connection, before it has
+        # seen this request. The real response could still follow, so the
         # connection must not be used again.
         connection.close()
     return response
+
+
+def _check_timeout(timeout: Any) -> None:
+    is_bool = isinstance(timeout, bool)  # which is also an int
+    is_number = isinstance(timeout, (int, float)) and not is_bool
+    if not is_number or not 0 < timeout <= 86400:
+        raise ValueError(
+            "timeout: pass a number of seconds above 0 and at most 86400, "
+            f"not {_number_or_type(timeout)}"
+        )
 
 
 def send(request: Request, *, timeout: float = DEFAULT_TIMEOUT) -> Response:
@@ -1093,17 +1127,9 @@ def send(request: Request, *, timeout: float = DEFAULT_TIMEOUT) -> Response:
 
     Raises NotSentError or UnknownOutcomeError. Raises ValueError if timeout
     is not a number above 0 and up to 86400 (a day). A KeyboardInterrupt
-    is not converted; after it, too, the request may have been executed.
+    is raised as it is; after it, too, the request may have been executed.
     """
-    if (
-        isinstance(timeout, bool)
-        or not isinstance(timeout, (int, float))
-        or not 0 < timeout <= 86400
-    ):
-        raise ValueError(
-            "timeout: pass a number of seconds above 0 and at most 86400, "
-            f"not {_number_or_type(timeout)}"
-        )
+    _check_timeout(timeout)
     # The process is part of the origin, so that a forked child does not use
     # the connections of its parent.
     origin = (os.getpid(), request.type, request.host)
@@ -1117,10 +1143,7 @@ def send(request: Request, *, timeout: float = DEFAULT_TIMEOUT) -> Response:
         response = _send_and_receive(connection, request, timeout)
     except Exception as error:
         raise UnknownOutcomeError(request, _describe(error)) from error
-    # http.client has set sock to None if the connection was closed: after
-    # "Connection: close", after 408, or if a body could not be read.
-    is_open = connection.sock is not None
-    if is_open:  # Keep it for the next request.
+    if connection.sock is not None:  # Otherwise the connection was closed.
         _connections.by_origin[origin] = _Idle(connection, time.monotonic())
     return response
 
@@ -1144,9 +1167,9 @@ def _result(request: Request, response: Response) -> Any:
     try:
         body = _decode(response.body)
     except MemoryError as error:
-        # A plain MemoryError would not say that the request was sent.
+        # A MemoryError would look as if nothing had been sent.
         raise UnknownOutcomeError(request, _describe(error)) from error
-    if response.status >= 300:
+    if not _is_success(response.status):
         raise APIError(request, response.status, body, response.headers)
     return body
 
@@ -1170,8 +1193,8 @@ def request(
     is empty. timeout is that of send; all other arguments are those of
     build_request.
 
-    If nothing is raised, the status was 2xx. Single orders of a batch may
-    have failed even then, so look at each item of the result.
+    If nothing is raised, the status was 2xx. Some orders of a batch may have
+    failed even then, so look at each item of the result.
 
     Raises APIError, NotSentError or UnknownOutcomeError: before you repeat an
     order, look at the attribute outcome_unknown of the error. Raises what
@@ -1215,9 +1238,10 @@ def patch(path: str, params: Params = None, **options: Any) -> Any:
 
 _USAGE = "bpx.py [options] METHOD PATH [name=text | name:=json]..."
 _EPILOG = """\
-name=text sends a parameter as text, and name:=json as a JSON value. A request
-that must be signed is signed with the secret key in the environment variable
-BPX_SECRET_KEY. The body of the response is printed as JSON.
+name=text sends a parameter as text, and name:=json as a JSON value. Write
+prices and quantities as text. A request that must be signed is signed with
+the secret key in the environment variable BPX_SECRET_KEY. The body of the
+response is printed as JSON.
 
 example:
   python bpx.py --dry-run POST /api/v1/order symbol=SOL_USDC side=Bid \\
@@ -1226,7 +1250,8 @@ example:
 exit status:
   0  success
   1  APIError: the exchange has refused the request
-  2  a wrong argument, or a missing key or module: nothing was sent
+  2  nothing was sent: a wrong argument, a missing key or module, or a dry
+     run that failed
   3  NotSentError: nothing was sent
   4  The exchange may have executed the request. This is the status after an
      UnknownOutcomeError, an APIError with the status 408 or 5xx, an
@@ -1248,11 +1273,11 @@ _STANDARD_ERROR = 2
 
 
 def _redirect_to_null_device(descriptor: int) -> None:
-    """Let a file descriptor discard everything, after a write to it failed.
+    """Make a file descriptor discard what is written to it.
 
-    Python still has the text in its buffer, and writes that text again when
-    it ends. That write must succeed (into the null device), because a second
-    failure would change the exit status.
+    This is for a standard stream to which a write has failed. Python keeps
+    the text that it could not write, and tries to write it again when it
+    ends. If that failed too, Python would change the exit status.
     """
     null_device = os.open(os.devnull, os.O_WRONLY)
     os.dup2(null_device, descriptor)
@@ -1286,7 +1311,9 @@ def _make_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("method", metavar="METHOD", type=str.upper, help="such as GET")
     add("path", metavar="PATH", help="such as /api/v1/order")
-    add("pairs", metavar="name=text", nargs="*", help="a parameter")
+    add(
+        "pairs", metavar="name=text", nargs="*", default=[], help="a parameter"
+    )
     add(
         "--json",
         help="all parameters as a JSON object, or a batch of orders as a "
@@ -1337,7 +1364,7 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
 def _unique_names(pairs: List[Tuple[str, Any]]) -> Dict[str, Any]:
     """Return the dict of these pairs; raise if a name is repeated.
 
-    json.loads alone would silently keep the last value.
+    dict(pairs) would silently keep the last value, and so would json.loads.
     """
     mapping = {}
     for name, value in pairs:
@@ -1353,18 +1380,19 @@ def _read_json(source: str, text: Union[str, bytes]) -> Any:
         return json.loads(text, object_pairs_hook=_unique_names)
     except (ValueError, RecursionError) as error:
         raise ValueError(
-            f"{source}: pass JSON ({_describe(error)})"
+            f"{source}: this JSON is not valid ({_describe(error)})"
         ) from error
 
 
 def _read_pair(pair: str) -> Tuple[str, Any]:
     """Return the name and the value of name=text or name:=json."""
     name, separator, text = pair.partition("=")
-    if not separator:
+    is_json = name.endswith(":")
+    if is_json:
+        name = name[:-1]
+    if not name or not separator:
         raise ValueError(f"pass name=text or name:=json, not {pair!r}")
-    if name.endswith(":"):
-        return name[:-1], _read_json(pair, text)
-    return name, text
+    return name, _read_json(pair, text) if is_json else text
 
 
 def _read_params(args: argparse.Namespace) -> Any:
@@ -1379,7 +1407,10 @@ def _read_params(args: argparse.Namespace) -> Any:
 
 
 def _read_instruction(args: argparse.Namespace) -> Optional[str]:
-    """Return the instruction that build_request will sign with, or None."""
+    """Return the instruction that build_request will sign with, or None.
+
+    This is the rule of _find_instruction, but without a key.
+    """
     instruction: Optional[str] = args.instruction
     if instruction is None:
         instruction = INSTRUCTIONS.get(f"{args.method} {args.path}")
@@ -1397,6 +1428,7 @@ def _read_secret_key(args: argparse.Namespace) -> Optional[str]:
 
 def _dry_run(args: argparse.Namespace) -> str:
     """Return the text of the request that would be sent."""
+    _check_timeout(args.timeout)
     params = _read_params(args)
     timestamp = time.time_ns() // 1_000_000
     built = build_request(
@@ -1442,7 +1474,7 @@ def _run(args: argparse.Namespace) -> Any:
 def _print(result: Any, is_dry_run: bool) -> None:
     """Print a result. If that fails, exit with 2 for a dry run, else with 4.
 
-    A pipe that is closed, such as by head, is not a failure.
+    It is no failure if the reader of a pipe, such as head, has closed it.
     """
     try:
         text = result if is_dry_run else json.dumps(result, indent=2)
@@ -1475,10 +1507,9 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
             _exit(4, f"{_describe(error)} (it may have been executed)")
         _exit(1, _describe(error))
     except KeyboardInterrupt:
-        _exit(
-            4,
-            "interrupted (the request may have been executed, if it was sent)",
-        )
+        if args.dry_run:
+            _exit(2, "interrupted (nothing was sent)")
+        _exit(4, "interrupted (if the request was sent, it may be executed)")
     except Exception as error:
         # All errors after sending are BPXErrors, so nothing was sent.
         _exit(2, _describe(error))

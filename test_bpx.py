@@ -320,7 +320,7 @@ ANY = ": pass a str, bool, int, Decimal, Enum member, list or mapping, not "
 FLOAT = ": pass a str or Decimal, not the float {}, because floats are not exact (0.1 + 0.2 is not 0.3)"
 RANGE = ": pass an exponent from -999 to +999, not "
 UTF_8 = ": pass text that UTF-8 can encode, without surrogates"
-IN_LIST = ": pass a single value, because a list cannot hold a {}"
+IN_LIST = ": pass only single values in a list, not {}"
 MAPPING = ": pass a mapping of names to values, not "
 NAMES = ": pass names as str, not "
 BAD_PARAMS = [
@@ -400,11 +400,12 @@ BAD_KEYS = [
     ([GUIDE_KEY], "secret_key: pass a str, not list"),
     (5, "secret_key: pass a str, not int"),
 ]
-METHOD = "method: pass a word, such as 'GET', not {!r}"
+LONG = "a text of {} characters"
+METHOD = "method: pass a word, such as 'GET', not "
 URL_AS_PATH = "path: pass only the path of the URL, such as '/api/v1/order'; pass the scheme and host as base_url"
-QUERY_IN_PATH = "path: pass the query as params, not within the path {!r}"
-SLASH = "path: begin with a slash, as in '/api/v1/order', not {!r}"
-PATH = "path: use only letters, digits and - . _ ~ % /, not {!r}"
+QUERY_IN_PATH = "path: pass the query as params, not within "
+SLASH = "path: begin with a slash, as in '/api/v1/order', not "
+PATH = "path: use only letters, digits and - . _ ~ % /, not "
 BASE_URL = "base_url: pass https://HOST, with a port and a path if needed"
 HTTPS = "base_url: pass https; http is allowed only for localhost, 127.0.0.1 and [::1]"
 PORT = "base_url: pass a port from 1 to 65535, not "
@@ -415,21 +416,26 @@ IN_QUERY = ": pass a single value, not a mapping, because GET sends it in a quer
 NO_KEY = "{} must be signed: pass secret_key"
 NOT_KNOWN = "{} is not a known signed operation: pass instruction, or leave out secret_key"
 BAD_REQUESTS = [
-    ({"method": "GET /"}, METHOD.format("GET /")),
-    ({"method": "GET\n"}, METHOD.format("GET\n")),
-    ({"method": ""}, METHOD.format("")),
+    ({"method": "GET /"}, METHOD + "'GET /'"),
+    ({"method": "GET\n"}, METHOD + "'GET\\n'"),
+    ({"method": ""}, METHOD + "''"),
+    ({"method": GUIDE_KEY}, METHOD + LONG.format(44)),
     ({"method": b"GET"}, "method: pass a str, not bytes"),
-    ({"path": "api/v1/order"}, SLASH.format("api/v1/order")),
-    ({"path": "@evil.example/"}, SLASH.format("@evil.example/")),
-    ({"path": ""}, SLASH.format("")),
+    ({"path": "api/v1/order"}, SLASH + "'api/v1/order'"),
+    ({"path": "@evil.example/"}, SLASH + "'@evil.example/'"),
+    ({"path": ""}, SLASH + "''"),
     ({"path": "//evil.example/api"}, URL_AS_PATH),
     ({"path": "https://user:PASSWORD@evil.example/api"}, URL_AS_PATH),
-    ({"path": "/api?symbol=SOL"}, QUERY_IN_PATH.format("/api?symbol=SOL")),
-    ({"path": "/api#a"}, PATH.format("/api#a")),
-    ({"path": "/api\n"}, PATH.format("/api\n")),
-    ({"path": "/api\r\nX: y"}, PATH.format("/api\r\nX: y")),
-    ({"path": "/é"}, PATH.format("/é")),
-    ({"path": "/\\evil.example"}, PATH.format("/\\evil.example")),
+    ({"path": "/api?symbol=SOL"}, QUERY_IN_PATH + "'/api?symbol=SOL'"),
+    ({"path": "/api?" + "a" * 37}, QUERY_IN_PATH + repr("/api?" + "a" * 37)),
+    ({"path": "/api?" + "a" * 38}, QUERY_IN_PATH + LONG.format(43)),
+    ({"path": GUIDE_KEY}, SLASH + LONG.format(44)),
+    ({"path": "/" + GUIDE_KEY}, PATH + LONG.format(45)),
+    ({"path": "/api#a"}, PATH + "'/api#a'"),
+    ({"path": "/api\n"}, PATH + "'/api\\n'"),
+    ({"path": "/api\r\nX: y"}, PATH + "'/api\\r\\nX: y'"),
+    ({"path": "/é"}, PATH + "'/é'"),
+    ({"path": "/\\evil.example"}, PATH + "'/\\\\evil.example'"),
     ({"path": None}, "path: pass a str, not NoneType"),
     ({"base_url": "http://api.backpack.exchange"}, HTTPS),
     ({"base_url": "http://localhost.evil.example"}, HTTPS),
@@ -474,6 +480,7 @@ BAD_REQUESTS = [
     ({"headers": {"": "b"}}, HEADER_NAMES),
     ({"headers": {"X-\u212a": "b"}}, HEADER_NAMES),
     ({"headers": {5: "b"}}, HEADER_NAMES),
+    ({"headers": {"X-A": "1", "x-a": "1"}}, "header x-a: pass it only once"),
     *(({"headers": {name: "5"}}, RESERVED.format(name)) for name in (
         "Accept-Encoding", "Content-Encoding", "content-length", "CONTENT-TYPE", "Host",
         "Transfer-Encoding", "X-API-KEY", "X-Signature", "X-Timestamp", "x-window")),
@@ -1124,10 +1131,14 @@ class BuildRequest(SecretsCase):
         self.assertEqual(built.get_header("User-agent"), "mine")
         self.assertEqual(built.get_header("X-empty"), "")
         self.assertEqual(built.get_header("X-window"), "5000")
-        headers = {}
-        lower = {"lower": lambda self: headers.update(b="c") or "x-a"}
-        headers[type("Growing", (str,), lower)("X-A")] = "d"
-        built = bpx.build_request("GET", "/", headers=headers)
+        headers = {"X-A": "d"}
+
+        def change(value, place):
+            if place == "header X-A":
+                headers["b"] = "c"
+
+        with mock.patch("bpx._check_str", change):
+            built = bpx.build_request("GET", "/", headers=headers)
         self.assertEqual(built.header_items()[1:], [("X-a", "d")])
         built = bpx.build_request("GET", "/")
         expected = [("User-agent", "bpx.py/" + bpx.__version__)]
@@ -1678,6 +1689,12 @@ CHILDREN = [
     ("end", [], "ask(); ask()", ["1"] * 4),
     ("end of a thread", [], f"{THREAD}; ask()", ["1", "1", "2", "2"]),
     ("fork", [], f"ask(); {FORK}; ask()", ["1", "1", "2", "2", "1", "1"]),
+    (
+        "end of Python",
+        [],
+        "import atexit; atexit.register(ask); ask()",
+        ["1"] * 4,
+    ),
     ("not sent", [], f"ask({LOST}); ask()", ["NotSentError"] * 2 + ["1"] * 2),
     ("closed", [[close]], "ask()", ["UnknownOutcomeError"] * 2),
 ]
@@ -1884,15 +1901,14 @@ class Transport(SecretsCase):
                 self.assertEqual(self.ask(server.url), 2)
 
     def test_replaced_connections_are_closed_at_once(self):
-        # Without its finalizer, a connection that is left to the garbage
-        # collector gives a ResourceWarning, which tearDown finds.
+        # A connection that is left to the garbage collector gives a
+        # ResourceWarning, which tearDown finds.
         for max_idle, steps in [(15, [b" "]), (0, [])]:
             taken = threading.Event()
             script = [TWO, lambda sock: taken.wait(5), *steps]
             last = [HEAD + CLOSE + REST]
-            finalize = mock.patch("weakref.finalize")
             limit = mock.patch.object(bpx, "MAX_IDLE", max_idle)
-            with ScriptedServer(script, last) as server, finalize, limit:
+            with ScriptedServer(script, last) as server, limit:
                 self.order(server.url)
                 taken.set()
                 server.played.acquire(timeout=5)
@@ -2007,6 +2023,23 @@ class Transport(SecretsCase):
                 self.assertEqual(self.ask(tls.url), 1)
                 headers = proxy.seen[0][1]
                 self.assertNotIn("Proxy-Authorization", headers)
+
+    def test_credentials_of_a_proxy(self):
+        for credentials, sent in [
+            ("me:p%40ss", "me:p@ss"),
+            ("me:a:b", "me:a:b"),
+            ("me", "me:"),
+            (":p", ":p"),
+            ("m%C3%A9:%3A", "mé::"),
+        ]:
+            script = [b"HTTP/1.1 407 No\r\n\r\n", close]
+            with ScriptedServer(script) as proxy:
+                url = f"http://{credentials}@localhost:{proxy.port}"
+                os.environ["https_proxy"] = url
+                self.fails(bpx.NotSentError, "https://a.example", 1, 2)
+                found = proxy.seen[0][1]["Proxy-Authorization"].split()
+                self.assertEqual(found[0], "Basic")
+                self.assertEqual(base64.b64decode(found[1]).decode(), sent)
 
     def test_no_proxy(self):
         for kind, no_proxy, url in [
@@ -2162,9 +2195,10 @@ options:
                       receive (default: 10.0)
   --base-url URL      where to send (default: https://api.backpack.exchange)
 
-name=text sends a parameter as text, and name:=json as a JSON value. A request
-that must be signed is signed with the secret key in the environment variable
-BPX_SECRET_KEY. The body of the response is printed as JSON.
+name=text sends a parameter as text, and name:=json as a JSON value. Write
+prices and quantities as text. A request that must be signed is signed with
+the secret key in the environment variable BPX_SECRET_KEY. The body of the
+response is printed as JSON.
 
 example:
   python bpx.py --dry-run POST /api/v1/order symbol=SOL_USDC side=Bid \
@@ -2173,7 +2207,8 @@ example:
 exit status:
   0  success
   1  APIError: the exchange has refused the request
-  2  a wrong argument, or a missing key or module: nothing was sent
+  2  nothing was sent: a wrong argument, a missing key or module, or a dry
+     run that failed
   3  NotSentError: nothing was sent
   4  The exchange may have executed the request. This is the status after an
      UnknownOutcomeError, an APIError with the status 408 or 5xx, an
@@ -2183,27 +2218,30 @@ BOTH_WAYS = "ValueError: pass either name=text parameters or --json"
 # fmt: off
 # Arguments, pattern of the line on standard error.
 USAGES = [
-    ([], "the following arguments are required: METHOD, PATH.*; usage: bpx.py "),
-    (["GET"], ".*required: PATH.*; usage: bpx.py "),
+    ([], "the following arguments are required: METHOD, PATH; usage: bpx.py "),
+    (["GET"], ".*required: PATH; usage: bpx.py "),
     (["GET", "/p", "symbol"], "ValueError: pass name=text or .*, not 'symbol'$"),
-    (["GET", "/p", "n:=x"], "ValueError: n:=x: pass JSON .JSONDecodeError: "),
-    (["POST", "/p", "--json", "{"], "ValueError: --json: pass JSON .JSOND"),
-    (["POST", "/p", "--json", ""], "ValueError: --json: pass JSON .JSOND"),
+    (["GET", "/p", "=5"], "ValueError: pass name=text or .*, not '=5'$"),
+    (["GET", "/p", ":=5"], "ValueError: pass name=text or .*, not ':=5'$"),
+    (["GET", "/p", "n:=x"], "ValueError: n:=x: this JSON is not valid .JSONDecodeError: "),
+    (["POST", "/p", "--json", "{"], "ValueError: --json: this JSON is not valid .JSOND"),
+    (["POST", "/p", "--json", ""], "ValueError: --json: this JSON is not valid .JSOND"),
     (["POST", "/p", "--json", "[" * 100000], ".*--json: .*Recursion"),
     (["POST", "/p", "--json", "5"], "TypeError: params: pass a mapping "),
     (
         ["POST", "/p", "--json", '[{"a": {"b": 1, "b": 2}}]'],
-        "ValueError: --json: pass JSON .ValueError: pass the name 'b' only once.$",
+        "ValueError: --json: this JSON is not valid .ValueError: pass the name 'b' only once.$",
     ),
     (
         ["POST", "/p", 'a:={"b": 1, "c": 2, "b": 1}'],
-        "ValueError: a:={.*}: pass JSON .ValueError: pass the name 'b' only once.$",
+        "ValueError: a:={.*}: this JSON is not valid .ValueError: pass the name 'b' only once.$",
     ),
     (["POST", "/p", "price:=0.1"], "TypeError: params.price: pass a str "),
     (["GET", "/p", "--xy", "{}"], "unrecognized arguments: --xy"),
     (["GET", "/p", "--window", "x"], "argument --window: invalid int value"),
     (["GET", "/api/v1/order", "--window", "60001"], "ValueError: window: "),
     (["GET", "/p", "--timeout", "0"], "ValueError: timeout: "),
+    (["GET", "/p", "--timeout", "0", "--dry-run"], "ValueError: timeout: "),
     (["GET", "/p", "--base-url", "http://a.example"], "ValueError: base_url: "),
     (["GET", "/p?a=b"], "ValueError: path: pass the query as params, "),
     (["POST", "/p", "a=b", "--json", "{}"], BOTH_WAYS + "$"),
@@ -2268,7 +2306,7 @@ class CommandLine(ExchangeCase):
         expected = [{"symbol": "é"}, {"symbol": "B"}]
         self.assertEqual(self.exchange.seen[0].body, expected)
         found = self.main("POST", "/api/v1/orders", "--json", "-", stdin=b"{")
-        message = "bpx.py: ValueError: standard input: pass JSON "
+        message = "bpx.py: ValueError: standard input: this JSON is not "
         self.assertEqual((found[0], found[1]), (2, ""))
         self.assertTrue(found[2].startswith(message))
 
@@ -2484,17 +2522,19 @@ class CommandLine(ExchangeCase):
             os.close(dup2.call_args[0][0])
 
     def test_interrupts(self):
-        text = (
-            "interrupted (the request may have been executed, if it was sent)"
-        )
+        text = "bpx.py: interrupted (if the request was sent, it may be "
         for error, found in [
-            (KeyboardInterrupt, (4, "", f"bpx.py: {text}\n")),
+            (KeyboardInterrupt, (4, "", f"{text}executed)\n")),
             (SystemExit(7), (7, "", "")),
             (MemoryError, (2, "", "bpx.py: MemoryError:\n")),
         ]:
             for name in ("bpx.request", "json.loads"):
                 with mock.patch(name, side_effect=error):
                     self.assertEqual(self.main("POST", "/p", "a:=1"), found)
+        with mock.patch("json.loads", side_effect=KeyboardInterrupt):
+            found = self.main("POST", "/p", "a:=1", "--dry-run")
+        text = "bpx.py: interrupted (nothing was sent)\n"
+        self.assertEqual(found, (2, "", text))
         with mock.patch("json.dumps", side_effect=SystemExit(7)):
             self.assertEqual(self.main("GET", "/p"), (7, "", ""))
 
