@@ -30,7 +30,7 @@ window=5000
 
 This secret key is the example in the exchange's Python guide.
 
-The file has six parts, and each uses only those before it:
+After the errors, the file has six parts, and each uses only what is above it:
 
 1. canonical_string returns the text that is signed.
 2. sign_request returns the headers with the signature of that text.
@@ -47,8 +47,9 @@ Decimal. Signing needs PyNaCl; everything else needs only Python 3.8.
 There are no functions for single operations, such as place_order: instead,
 you pass the method and the path of the operation. This module has no
 WebSocket streams, never repeats a request, and has no rate limiter. It uses
-the environment variables SSL_CERT_FILE, https_proxy and no_proxy, and on
-Windows and macOS also the proxy in the settings of the system.
+the environment variables https_proxy and no_proxy (on Windows and macOS also
+the proxy in the settings of the system), and Python's ssl module uses its own
+ones, such as SSL_CERT_FILE.
 """
 
 import argparse
@@ -109,7 +110,9 @@ DEFAULT_WINDOW = 5000  # milliseconds for which a signed request is valid
 MAX_WINDOW = 60000  # milliseconds, the exchange's limit
 DEFAULT_TIMEOUT = 10.0  # seconds for each step: to connect, send and receive
 MAX_IDLE = 15.0  # seconds after which an idle connection is not used again
-MAX_BODY = 16 * 1024 * 1024  # bytes of a body, both packed and unpacked
+MAX_BODY = 16 * 1024 * 1024  # bytes of a body before or after unpacking
+
+_KEY_LENGTH = 43  # characters of a key in base64, without the "=" at its end
 
 # The parameters of a request: None, a mapping of names to values, or (for a
 # batch of orders) a list or tuple of such mappings.
@@ -180,7 +183,7 @@ INSTRUCTIONS = {
 
 
 class BPXError(Exception):
-    """The base class of the errors that send and request raise.
+    """The base class of APIError, NotSentError and UnknownOutcomeError.
 
     Its attribute request is the urllib.request.Request that failed, and
     reason is a text. If outcome_unknown is True, the exchange may have
@@ -224,13 +227,14 @@ class APIError(BPXError):
             self.message = body
         self.outcome_unknown = status == 408 or status >= 500
         reason = str(status)
+        # Add the code and the message, if they are simple values. (A list or
+        # a dict would make the text long and hard to read.)
         for field in (self.code, self.message):
-            # A list or a dict would make the text long and hard to read.
             if isinstance(field, (str, int, float)):
                 reason += f" {field}"
         super().__init__(request, reason)
-        # pickle copies an error by calling APIError(*self.args). BPXError has
-        # set args to its own two arguments, so set them to these four.
+        # To copy an error, pickle calls APIError(*args), so args must be the
+        # arguments of this __init__, and not those of BPXError.__init__.
         self.args = (request, status, body, headers)
 
 
@@ -239,14 +243,15 @@ class NotSentError(BPXError):
 
 
 class UnknownOutcomeError(BPXError):
-    """Sending began, but no whole response was received and understood.
+    """Sending began, but no complete and valid response was received.
 
     The exchange may have executed the request, so do not repeat an order
     before you have looked for it. Wait until timestamp + window has passed,
     because the exchange may accept the order until then. (The timestamp is
-    in error.request.headers["X-timestamp"].) Then search for the order by its
-    clientId, which you should give to every order: GET /api/v1/order finds an
-    open order, and GET /wapi/v1/history/orders a filled or cancelled one.
+    in error.request.headers["X-timestamp"]: urllib writes the name so.) Then
+    search for the order by its clientId, which you should give to every
+    order: GET /api/v1/order finds an open order, and
+    GET /wapi/v1/history/orders a filled or cancelled one.
     """
 
     outcome_unknown = True
@@ -265,8 +270,7 @@ def _describe(error: BaseException) -> str:
 def _number_or_type(value: Any) -> str:
     """Return a number as text, and for any other value the name of its type.
 
-    Error messages show this of a bad value, because the value itself could be
-    a secret.
+    Error messages show this instead of a bad value, which could be a secret.
     """
     if isinstance(value, (int, float)):
         return repr(value)
@@ -274,12 +278,11 @@ def _number_or_type(value: Any) -> str:
 
 
 def _quote(text: str) -> str:
-    """Return a text in quotes for an error message, or its length.
+    """Return a text in quotes for an error message; of a long one, its length.
 
-    A text of 43 or more characters is not shown, because it could be a key
-    that the caller has passed in the wrong place.
+    A long text could be a key that the caller has passed in the wrong place.
     """
-    if len(text) >= 43:
+    if len(text) >= _KEY_LENGTH:
         return f"a text of {len(text)} characters"
     return repr(text)
 
@@ -293,7 +296,7 @@ def _check_str(value: Any, place: str) -> None:
 #
 # First the parameters are normalized: they are converted to dict, list, str,
 # int and bool, and every None is left out. What is signed and what is sent
-# are both made from these normalized values, so that they cannot differ.
+# are both made from the normalized values, so they always agree.
 # Subclasses of str, int and Decimal are converted to the plain type, because
 # they may have another __str__.
 
@@ -304,9 +307,10 @@ _JSON_ENCODER = json.JSONEncoder(
 
 
 def _normalize_params(params: Any) -> List[Dict[str, Any]]:
-    """Return one normalized mapping for each order of a batch.
+    """Return a list of normalized mappings.
 
-    If params are not a batch, return a list of exactly one.
+    It has one for each order of a batch. If params is not a batch, it has
+    exactly one.
     """
     try:
         if isinstance(params, (list, tuple)):
@@ -317,11 +321,9 @@ def _normalize_params(params: Any) -> List[Dict[str, Any]]:
         else:
             mapping = {} if params is None else params
             mappings = [_normalize_mapping(mapping, "params")]
-    except RecursionError:
-        # Before RuntimeError, because it is a subclass of RuntimeError.
+    except RecursionError:  # It must come before RuntimeError, its base class.
         raise ValueError("params: pass fewer levels of nesting") from None
-    except RuntimeError as error:
-        # Another thread has changed a mapping while it was read.
+    except RuntimeError as error:  # Another thread has changed a mapping.
         raise ValueError(f"params: pass a copy, because {error}") from None
     if not mappings:
         raise ValueError("params: pass at least one order in a batch")
@@ -337,8 +339,8 @@ def _normalize_mapping(mapping: Any, place: str) -> Dict[str, Any]:
         )
     normalized = {}
     for name, value in mapping.items():
-        # Most names and values are plain ASCII str, which need no change. Not
-        # calling the functions for them makes signing a tenth faster.
+        # Most names and values are plain ASCII str, which need no change.
+        # Skipping the calls for them makes signing 10 % faster.
         if not (type(name) is str and name.isascii()):
             name = _normalize_name(name, place)
         if not (type(value) is str and value.isascii()):
@@ -360,7 +362,7 @@ def _normalize_name(name: Any, place: str) -> str:
 
 def _normalize_value(value: Any, place: str) -> Any:
     """Return a normalized value; place is its position, for errors."""
-    if isinstance(value, Enum):  # First, because it may also be a str or int.
+    if isinstance(value, Enum):  # First: a member may also be a str or int.
         return _normalize_value(value.value, place)
     if value is None or isinstance(value, bool):
         return value
@@ -402,7 +404,7 @@ def _normalize_decimal(value: Decimal, place: str) -> str:
     number = Decimal(value)  # converts a subclass
     if not number.is_finite():
         raise ValueError(f"{place}: pass a finite number, not {number}")
-    exponent = number.adjusted()  # in scientific notation: 2 for 123
+    exponent = number.adjusted()  # 2 for 123, which is 1.23E+2
     if abs(exponent) >= 1000:  # 1E+999999999 would fill the memory.
         raise ValueError(
             f"{place}: pass an exponent from -999 to +999, not {number}"
@@ -430,7 +432,7 @@ def _name_value_pairs(mapping: Dict[str, Any]) -> List[Tuple[str, str]]:
     pairs = []
     for name in sorted(mapping):
         value = mapping[name]
-        if isinstance(value, str):  # as in _value_text, but faster
+        if isinstance(value, str):  # This saves the call of _value_text.
             pairs.append((name, value))
         elif isinstance(value, list):
             # The exchange does not document how a list is signed. This
@@ -451,8 +453,8 @@ def _value_text(value: Any) -> str:
     if isinstance(value, int):
         return str(value)
     # The exchange does not document how a mapping is signed. This
-    # implementation assumes compact JSON. The exchange's Rust client, too,
-    # signs the JSON of each value, but removes the quotes of a string.
+    # implementation assumes compact JSON. The exchange's Rust client also
+    # signs the JSON of each value, except that a string has no quotes.
     return _JSON_ENCODER.encode(value)
 
 
@@ -531,7 +533,7 @@ def _from_base64(text: str) -> Optional[bytes]:
     return data if _to_base64(data) == text else None
 
 
-@functools.lru_cache(maxsize=8)  # Loading a key takes as long as signing.
+@functools.lru_cache(maxsize=8)  # because loading takes as long as signing
 def _load_signing_key(secret_key: str) -> Any:
     """Return the nacl.signing.SigningKey of a secret key."""
     try:
@@ -586,8 +588,8 @@ def sign_request(
 
     secret_key is the base64 of the 32-byte Ed25519 seed, as the exchange's
     settings page shows it. The API key is derived from it. timestamp (by
-    default now) and window are in milliseconds. instruction and params are
-    those of canonical_string.
+    default now) and window are in milliseconds. For instruction and params,
+    see canonical_string.
 
     Raises TypeError or ValueError for arguments that cannot be signed and
     for a bad key; no message contains the key. Raises ImportError if PyNaCl
@@ -597,7 +599,7 @@ def sign_request(
     return _sign(instruction, mappings, secret_key, timestamp, window)
 
 
-# --- 3. Request: for this module's send or for another client; no I/O ---
+# --- 3. Request: built here, and sent by send or by another client ---
 
 _METHOD_PATTERN = re.compile("[A-Za-z]+")
 _PATH_PATTERN = re.compile("[A-Za-z0-9_./~%-]+")
@@ -684,7 +686,7 @@ def _normalize_headers(headers: Any) -> Dict[str, str]:
             f"headers: pass a mapping, not {type(headers).__name__}"
         )
     normalized = {}
-    # dict makes a copy, because another thread could change the headers.
+    # dict makes a copy: another thread could change the headers meanwhile.
     for name, value in dict(headers).items():
         # No message shows a value, because it could be a secret.
         is_str = isinstance(name, str)
@@ -705,24 +707,28 @@ def _normalize_headers(headers: Any) -> Dict[str, str]:
 
 
 def _find_instruction(
-    method: str, path: str, instruction: Optional[str], secret_key: Any
+    method: str, path: str, instruction: Optional[str]
 ) -> Optional[str]:
-    """Return the instruction to sign with, or None for a public request.
+    """Return the instruction to sign with, or None for a public request."""
+    if instruction is not None:
+        return instruction
+    return INSTRUCTIONS.get(f"{method} {path}")
 
-    Raise ValueError if secret_key is missing for a signed request, or passed
-    for a public one.
+
+def _check_key_is_needed(
+    method: str, path: str, instruction: Optional[str], secret_key: Any
+) -> None:
+    """Raise ValueError if the key of a signed request is missing.
+
+    Raise ValueError also if a key is passed for a public request.
     """
-    operation = method + " " + path
-    if instruction is None:
-        instruction = INSTRUCTIONS.get(operation)
     if instruction is not None and secret_key is None:
-        raise ValueError(f"{operation} must be signed: pass secret_key")
+        raise ValueError(f"{method} {path} must be signed: pass secret_key")
     if instruction is None and secret_key is not None:
         raise ValueError(
-            f"{operation} is not a known signed operation: "
+            f"{method} {path} is not a known signed operation: "
             "pass instruction, or leave out secret_key"
         )
-    return instruction
 
 
 def _query(content: Any) -> str:
@@ -756,31 +762,30 @@ def build_request(
     """Return the whole request: its method, URL, headers and body.
 
     GET sends params in its query, every other method in a JSON body. The
-    request is signed if instruction is passed, or if INSTRUCTIONS has its
-    method and path; then secret_key is required. Otherwise it is public, and
-    secret_key must be None. base_url is https, or http to localhost. headers
-    are not signed. Raises TypeError, ValueError and ImportError as
-    sign_request does.
+    request is signed if instruction is passed, or found in INSTRUCTIONS; then
+    secret_key is required. Otherwise it is public, and secret_key must be
+    None. base_url is https, or http to localhost. headers are not signed.
+    Raises TypeError, ValueError and ImportError as sign_request does.
     """
     _check_method(method)
     _check_path(path)
     _check_base_url(base_url)
     method = method.upper()
     url = base_url.rstrip("/") + path
-    all_headers = {"User-Agent": f"bpx.py/{__version__}"}
-    all_headers.update(_normalize_headers(headers))
+    all_headers = _normalize_headers(headers)
+    all_headers.setdefault("user-agent", f"bpx.py/{__version__}")
     mappings = _normalize_params(params)
-    instruction = _find_instruction(method, path, instruction, secret_key)
+    instruction = _find_instruction(method, path, instruction)
+    _check_key_is_needed(method, path, instruction, secret_key)
     if instruction is not None:
-        all_headers.update(
-            _sign(instruction, mappings, secret_key, timestamp, window)
-        )
-    is_batch = isinstance(params, (list, tuple))
-    content = mappings if is_batch else mappings[0]  # the only one
+        signed = _sign(instruction, mappings, secret_key, timestamp, window)
+        all_headers.update(signed)
+    # If params is not a batch, there is only one mapping.
+    content = mappings if isinstance(params, (list, tuple)) else mappings[0]
     if method == "GET":
         return Request(url + _query(content), headers=all_headers)
     all_headers["Content-Type"] = "application/json; charset=utf-8"
-    body = _JSON_ENCODER.encode(content).encode()
+    body = _JSON_ENCODER.encode(content).encode()  # b"{}" without params
     return Request(url, body, all_headers, method=method)
 
 
@@ -789,7 +794,7 @@ def build_request(
 # This part uses http.client, because urllib's own transport
 # - opens a new connection for each request, which takes two more round trips,
 # - follows redirects, and so could send the signature to another host,
-# - has no timeout for a response as a whole.
+# - has no limit for the total time of a response.
 #
 # Each thread keeps one idle connection per origin (scheme, host and port).
 # After any failure, a connection is closed. Otherwise a late response could
@@ -809,24 +814,29 @@ class Response(NamedTuple):
 
 
 class _ResponseStream(io.RawIOBase):
-    """The bytes of one response; http.client reads it in place of the socket.
+    """Replaces the socket when http.client reads a response.
 
-    It reads from the socket, and adds two things:
+    http.client only calls its method makefile, and then reads from the
+    buffered stream that makefile returns. That stream calls readinto.
+
+    readinto reads from the socket, and adds two things:
     - A deadline for the whole response. The timeout of a socket covers only
       one read, so a slow server could make a response last forever.
     - An EOFError if the server closes the connection. Without it, http.client
-      would take headers that were cut off for complete ones.
+      would accept headers that were cut off as if they were complete.
     """
 
     def __init__(self, sock: Any, deadline: float) -> None:
         self._sock = sock
         self._deadline = deadline
-        # http.client may close the socket before it has read the body (after
-        # "Connection: close"). It stays usable until this stream is closed.
+        # After "Connection: close", http.client calls sock.close before it
+        # reads the body. But Python closes a socket only when all streams
+        # that its makefile has returned are closed. So this stream keeps it
+        # open until close is called below.
         self._socket_stream = sock.makefile("rb", buffering=0)
 
     def makefile(self, mode: str) -> io.BufferedReader:
-        """Return a buffered stream, as the method of a socket does."""
+        """Return a buffered stream that reads from this one."""
         return io.BufferedReader(self)
 
     def readable(self) -> bool:
@@ -849,15 +859,20 @@ class _ResponseStream(io.RawIOBase):
 
 
 def _set_response_timeout(connection: Any, timeout: float) -> None:
-    """Set the time that the next response of a connection may take."""
+    """Make a connection read its responses through a _ResponseStream.
+
+    Each of them then has a deadline: timeout seconds after the request.
+    """
 
     def make_response(
         sock: Any, *args: Any, **options: Any
     ) -> http.client.HTTPResponse:
-        # http.client calls this when it has sent the request.
-        stream: Any = _ResponseStream(sock, time.monotonic() + timeout)
+        deadline = time.monotonic() + timeout
+        stream: Any = _ResponseStream(sock, deadline)
         return http.client.HTTPResponse(stream, *args, **options)
 
+    # When it has sent a request (also one to a proxy), http.client makes the
+    # response by calling response_class(sock, ...).
     connection.response_class = make_response
 
 
@@ -932,7 +947,7 @@ def _new_connection(
 def _connect(request: Request, timeout: float) -> http.client.HTTPConnection:
     """Return an open connection to the host of a request."""
     connection = _new_connection(request, timeout)
-    # Through a proxy, connect already reads a response: that of the proxy.
+    # If there is a proxy, connect reads its response, which needs a deadline.
     _set_response_timeout(connection, timeout)
     try:
         connection.connect()
@@ -951,13 +966,13 @@ class _IdleConnections(Dict[Any, _Idle]):
     """The idle connections of one thread, by origin."""
 
     def __del__(self) -> None:
-        # The thread has ended, or Python ends.
+        # Python calls this when the thread ends, or when Python itself ends.
         for idle in self.values():
             idle.connection.close()
 
 
 class _ThreadConnections(threading.local):
-    """Has other idle connections in each thread."""
+    """Holds by_origin, which is a separate object in each thread."""
 
     def __init__(self) -> None:
         # threading.local calls this once in each thread.
@@ -970,8 +985,8 @@ _connections = _ThreadConnections()
 def _is_stale(sock: Any) -> bool:
     """Return whether an idle connection must not be used again.
 
-    Nothing should arrive on it. If there is something to read, the server
-    has closed it, or has sent bytes that belong to no request.
+    Nothing should arrive on it. If it can be read, the server has closed it,
+    or has sent bytes that belong to no request.
     """
     # TLS may hold decrypted bytes, which a selector cannot see.
     if hasattr(sock, "pending") and sock.pending():
@@ -995,8 +1010,9 @@ def _take_idle_connection(
     return idle.connection
 
 
-def _is_success(status: int) -> bool:
-    return status < 300  # _receive refuses those below 200.
+def _is_error(status: int) -> bool:
+    """Return whether a status is 3xx, 4xx, 5xx or higher."""
+    return status >= 300
 
 
 def _check_size(body: Union[bytes, bytearray]) -> None:
@@ -1024,26 +1040,26 @@ def _read_packed_body(response: http.client.HTTPResponse) -> bytes:
     has_length = _has_length_header(response)
     body = bytearray()
     try:
-        # read1 returns what has arrived, and b"" at the end of the body.
-        # (read would lose what it has already received if it raises.)
+        # read1 returns what has arrived, and b"" at the end of the body. (If
+        # read raised an error, what it had already received would be lost.)
         part = response.read1(65536)
         while part:
             body += part
             _check_size(body)
             part = response.read1(65536)
-    except EOFError:
-        # The server has closed the connection. If a header told the length,
-        # the body was cut off. Without such a header, closing is the regular
-        # end of a body, but a body that was cut off looks the same. Of an
-        # error, return what came. Of a success, do not: half a result must
-        # not be taken for a whole one.
-        if has_length or _is_success(response.status):
-            raise
+    except EOFError:  # The server has closed the connection.
+        if has_length:
+            raise  # The body was cut off.
+        # Without a length, a body ends when the connection is closed. But a
+        # body that was cut off looks the same.
+        if not _is_error(response.status):
+            raise  # Half a result must not be taken for a whole one.
+        # The body of an error is useful even if it was cut off.
     return bytes(body)
 
 
 def _read_body(response: http.client.HTTPResponse) -> bytes:
-    """Return the unpacked body; raise an error unless it is whole."""
+    """Return the unpacked body; raise an error if it cannot be read."""
     packed = _read_packed_body(response)
     encodings = response.headers.get_all("Content-Encoding", ["identity"])
     encoding = ", ".join(encodings).strip().lower()
@@ -1063,7 +1079,7 @@ def _read_body(response: http.client.HTTPResponse) -> bytes:
 def _receive(connection: http.client.HTTPConnection) -> Response:
     """Return the response to a request that was sent.
 
-    If its status is not 2xx and its body cannot be read, the body is empty.
+    If its status is not 2xx and its body cannot be read, return b"" as body.
     """
     with connection.getresponse() as response:
         if response.status < 200:  # http.client itself skips only 100.
@@ -1073,10 +1089,11 @@ def _receive(connection: http.client.HTTPConnection) -> Response:
         try:
             body = _read_body(response)
         except Exception:
-            if _is_success(response.status):
+            if not _is_error(response.status):
                 raise
-            # The status alone is worth returning. But the rest of the body
-            # may still come, so the connection must not be used again.
+            # Return the status without the body. Close the connection,
+            # because the rest of the body could be taken for the next
+            # response.
             connection.close()
             body = b""
     return Response(response.status, response.headers, body)
@@ -1100,9 +1117,9 @@ def _send_and_receive(
         connection.close()  # A late response must not reach the next request.
         raise
     if response.status == 408:
-        # A server may send 408 to close an idle connection, before it has
-        # seen this request. The real response could still follow, so the
-        # connection must not be used again.
+        # The server may have sent this 408 because the connection was idle,
+        # before the request arrived. Then the response to the request could
+        # still come, and could be taken for the response to the next one.
         connection.close()
     return response
 
@@ -1120,14 +1137,15 @@ def _check_timeout(timeout: Any) -> None:
 def send(request: Request, *, timeout: float = DEFAULT_TIMEOUT) -> Response:
     """Send a request made by build_request, once; return the response.
 
-    The response may have any status. If the status is not 2xx and the body
-    cannot be read, the body is empty. timeout is in seconds, for each step:
-    to connect to each address of the host, to send, and to receive the whole
+    The response may have any status. If the status is not 2xx, the body may
+    be cut off, or empty if it cannot be read. timeout is the limit of each
+    step in seconds. The steps are to connect (a host may have more than one
+    address, and a proxy adds a step), to send, and to receive the whole
     response. Looking up the name of the host has no timeout.
 
     Raises NotSentError or UnknownOutcomeError. Raises ValueError if timeout
-    is not a number above 0 and up to 86400 (a day). A KeyboardInterrupt
-    is raised as it is; after it, too, the request may have been executed.
+    is not a number above 0 and up to 86400 (a day). A KeyboardInterrupt is
+    not converted; the request may have been executed in this case, too.
     """
     _check_timeout(timeout)
     # The process is part of the origin, so that a forked child does not use
@@ -1167,9 +1185,10 @@ def _result(request: Request, response: Response) -> Any:
     try:
         body = _decode(response.body)
     except MemoryError as error:
-        # A MemoryError would look as if nothing had been sent.
+        # After sending, only BPXErrors are raised: callers such as main take
+        # any other exception to mean that nothing was sent.
         raise UnknownOutcomeError(request, _describe(error)) from error
-    if not _is_success(response.status):
+    if _is_error(response.status):
         raise APIError(request, response.status, body, response.headers)
     return body
 
@@ -1198,7 +1217,7 @@ def request(
 
     Raises APIError, NotSentError or UnknownOutcomeError: before you repeat an
     order, look at the attribute outcome_unknown of the error. Raises what
-    build_request raises for bad arguments, before anything is sent.
+    build_request and send raise for bad arguments, before anything is sent.
     """
     built = build_request(
         method,
@@ -1238,10 +1257,10 @@ def patch(path: str, params: Params = None, **options: Any) -> Any:
 
 _USAGE = "bpx.py [options] METHOD PATH [name=text | name:=json]..."
 _EPILOG = """\
-name=text sends a parameter as text, and name:=json as a JSON value. Write
-prices and quantities as text. A request that must be signed is signed with
-the secret key in the environment variable BPX_SECRET_KEY. The body of the
-response is printed as JSON.
+name=text sends a parameter as text, and name:=json as a JSON value, or not at
+all if it is null. Write prices and quantities as text. A request that must be
+signed is signed with the secret key in the environment variable
+BPX_SECRET_KEY. The body of the response is printed as JSON.
 
 example:
   python bpx.py --dry-run POST /api/v1/order symbol=SOL_USDC side=Bid \\
@@ -1250,9 +1269,9 @@ example:
 exit status:
   0  success
   1  APIError: the exchange has refused the request
-  2  nothing was sent: a wrong argument, a missing key or module, or a dry
-     run that failed
-  3  NotSentError: nothing was sent
+  2  a wrong argument, a missing key or module, or a dry run that failed:
+     nothing was sent
+  3  NotSentError: the connection failed, and nothing was sent
   4  The exchange may have executed the request. This is the status after an
      UnknownOutcomeError, an APIError with the status 408 or 5xx, an
      interrupt, or a response that could not be printed.
@@ -1275,9 +1294,9 @@ _STANDARD_ERROR = 2
 def _redirect_to_null_device(descriptor: int) -> None:
     """Make a file descriptor discard what is written to it.
 
-    This is for a standard stream to which a write has failed. Python keeps
-    the text that it could not write, and tries to write it again when it
-    ends. If that failed too, Python would change the exit status.
+    Call this after a write to a standard stream has failed. The text is still
+    in the buffer of the stream, and when Python ends, it writes the buffer
+    once more. If that failed too, the exit status would become 120.
     """
     null_device = os.open(os.devnull, os.O_WRONLY)
     os.dup2(null_device, descriptor)
@@ -1298,7 +1317,9 @@ class _ArgumentParser(argparse.ArgumentParser):
     """A parser that reports an error in one line."""
 
     def error(self, message: str) -> NoReturn:
-        _exit(2, f"{message}; usage: {_USAGE}")
+        # A long word could be a key, so it is not shown.
+        shown = re.sub(rf"\S{{{_KEY_LENGTH},}}", "(a long text)", message)
+        _exit(2, f"{shown}; usage: {_USAGE}")
 
 
 def _make_parser() -> argparse.ArgumentParser:
@@ -1364,7 +1385,8 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
 def _unique_names(pairs: List[Tuple[str, Any]]) -> Dict[str, Any]:
     """Return the dict of these pairs; raise if a name is repeated.
 
-    dict(pairs) would silently keep the last value, and so would json.loads.
+    dict(pairs) silently keeps the last value, and so does json.loads if this
+    is not its object_pairs_hook.
     """
     mapping = {}
     for name, value in pairs:
@@ -1390,9 +1412,10 @@ def _read_pair(pair: str) -> Tuple[str, Any]:
     is_json = name.endswith(":")
     if is_json:
         name = name[:-1]
-    if not name or not separator:
-        raise ValueError(f"pass name=text or name:=json, not {pair!r}")
-    return name, _read_json(pair, text) if is_json else text
+    # A key ends with "=", so it would be a name with an empty text.
+    if not name or not separator or len(name) >= _KEY_LENGTH:
+        raise ValueError(f"pass name=text or name:=json, not {_quote(pair)}")
+    return name, _read_json(name, text) if is_json else text
 
 
 def _read_params(args: argparse.Namespace) -> Any:
@@ -1400,26 +1423,19 @@ def _read_params(args: argparse.Namespace) -> Any:
     if args.json is None:
         return _unique_names([_read_pair(pair) for pair in args.pairs])
     if args.pairs:
-        raise ValueError("pass either name=text parameters or --json")
+        raise ValueError("pass name=text parameters or --json, not both")
     if args.json == "-":
-        return _read_json("standard input", sys.stdin.buffer.read())
-    return _read_json("--json", args.json)
-
-
-def _read_instruction(args: argparse.Namespace) -> Optional[str]:
-    """Return the instruction that build_request will sign with, or None.
-
-    This is the rule of _find_instruction, but without a key.
-    """
-    instruction: Optional[str] = args.instruction
-    if instruction is None:
-        instruction = INSTRUCTIONS.get(f"{args.method} {args.path}")
-    return instruction
+        params = _read_json("standard input", sys.stdin.buffer.read())
+    else:
+        params = _read_json("--json", args.json)
+    if params is None:
+        raise ValueError("--json: pass an object or a list, not null")
+    return params
 
 
 def _read_secret_key(args: argparse.Namespace) -> Optional[str]:
     """Return the key in BPX_SECRET_KEY, or None for a public request."""
-    if _read_instruction(args) is None:
+    if _find_instruction(args.method, args.path, args.instruction) is None:
         return None
     if "BPX_SECRET_KEY" not in os.environ:
         raise ValueError("to sign this, set BPX_SECRET_KEY")
@@ -1442,7 +1458,7 @@ def _dry_run(args: argparse.Namespace) -> str:
         base_url=args.base_url,
     )
     lines = [f"{args.method} {built.full_url}"]
-    instruction = _read_instruction(args)
+    instruction = _find_instruction(args.method, args.path, args.instruction)
     if instruction is not None:
         lines.append(
             canonical_string(instruction, params, timestamp, args.window)
@@ -1474,21 +1490,19 @@ def _run(args: argparse.Namespace) -> Any:
 def _print(result: Any, is_dry_run: bool) -> None:
     """Print a result. If that fails, exit with 2 for a dry run, else with 4.
 
-    It is no failure if the reader of a pipe, such as head, has closed it.
+    A pipe that its reader, such as head, has closed is not a failure.
     """
     try:
         text = result if is_dry_run else json.dumps(result, indent=2)
         if sys.stdout is None:  # print would do nothing.
             raise OSError("standard output is closed")
         print(text, flush=True)
-    except BrokenPipeError:
+    except BrokenPipeError:  # The reader of the pipe has what it needs.
         _redirect_to_null_device(_STANDARD_OUTPUT)
     except (Exception, KeyboardInterrupt) as error:
         _redirect_to_null_device(_STANDARD_OUTPUT)
-        message = f"cannot print: {_describe(error)}"
-        if is_dry_run:
-            _exit(2, message)
-        _exit(4, message)  # because the request was sent
+        # 4 says that the request was sent.
+        _exit(2 if is_dry_run else 4, f"cannot print: {_describe(error)}")
 
 
 def main(argv: Optional[Sequence[str]] = None) -> None:
@@ -1509,9 +1523,9 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     except KeyboardInterrupt:
         if args.dry_run:
             _exit(2, "interrupted (nothing was sent)")
-        _exit(4, "interrupted (if the request was sent, it may be executed)")
+        _exit(4, "interrupted (the request may have been executed)")
     except Exception as error:
-        # All errors after sending are BPXErrors, so nothing was sent.
+        # It is not a BPXError, so it was raised before sending began.
         _exit(2, _describe(error))
     _print(result, args.dry_run)
 

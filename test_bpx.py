@@ -1139,10 +1139,10 @@ class BuildRequest(SecretsCase):
 
         with mock.patch("bpx._check_str", change):
             built = bpx.build_request("GET", "/", headers=headers)
-        self.assertEqual(built.header_items()[1:], [("X-a", "d")])
+        agent = ("User-agent", f"bpx.py/{bpx.__version__}")
+        self.assertEqual(built.header_items(), [("X-a", "d"), agent])
         built = bpx.build_request("GET", "/")
-        expected = [("User-agent", "bpx.py/" + bpx.__version__)]
-        self.assertEqual(built.header_items(), expected)
+        self.assertEqual(built.header_items(), [agent])
 
     def test_instructions(self):
         rows = [line.split() for line in OPERATIONS.splitlines()]
@@ -2195,10 +2195,10 @@ options:
                       receive (default: 10.0)
   --base-url URL      where to send (default: https://api.backpack.exchange)
 
-name=text sends a parameter as text, and name:=json as a JSON value. Write
-prices and quantities as text. A request that must be signed is signed with
-the secret key in the environment variable BPX_SECRET_KEY. The body of the
-response is printed as JSON.
+name=text sends a parameter as text, and name:=json as a JSON value, or not at
+all if it is null. Write prices and quantities as text. A request that must be
+signed is signed with the secret key in the environment variable
+BPX_SECRET_KEY. The body of the response is printed as JSON.
 
 example:
   python bpx.py --dry-run POST /api/v1/order symbol=SOL_USDC side=Bid \
@@ -2207,14 +2207,14 @@ example:
 exit status:
   0  success
   1  APIError: the exchange has refused the request
-  2  nothing was sent: a wrong argument, a missing key or module, or a dry
-     run that failed
-  3  NotSentError: nothing was sent
+  2  a wrong argument, a missing key or module, or a dry run that failed:
+     nothing was sent
+  3  NotSentError: the connection failed, and nothing was sent
   4  The exchange may have executed the request. This is the status after an
      UnknownOutcomeError, an APIError with the status 408 or 5xx, an
      interrupt, or a response that could not be printed.
 """
-BOTH_WAYS = "ValueError: pass either name=text parameters or --json"
+BOTH_WAYS = "ValueError: pass name=text parameters or --json, not both"
 # fmt: off
 # Arguments, pattern of the line on standard error.
 USAGES = [
@@ -2223,7 +2223,13 @@ USAGES = [
     (["GET", "/p", "symbol"], "ValueError: pass name=text or .*, not 'symbol'$"),
     (["GET", "/p", "=5"], "ValueError: pass name=text or .*, not '=5'$"),
     (["GET", "/p", ":=5"], "ValueError: pass name=text or .*, not ':=5'$"),
-    (["GET", "/p", "n:=x"], "ValueError: n:=x: this JSON is not valid .JSONDecodeError: "),
+    (["GET", "/p", GUIDE_KEY], "ValueError: .*, not a text of 44 characters$"),
+    (["GET", "/p", GUIDE_KEY[:-1]], ".*, not a text of 43 characters$"),
+    (["GET", "/p", f"n:={GUIDE_KEY}"], "ValueError: n: this JSON is not valid "),
+    (["GET", "/p", "--key", GUIDE_KEY], "unrecognized arguments: --key .a long text.; usage"),
+    (["GET", "/p", f"--window={GUIDE_KEY[:-1]}"], "argument --window: .*a long text"),
+    (["POST", "/p", "--json", "null"], "ValueError: --json: pass an object or a list, not null$"),
+    (["GET", "/p", "n:=x"], "ValueError: n: this JSON is not valid .JSONDecodeError: "),
     (["POST", "/p", "--json", "{"], "ValueError: --json: this JSON is not valid .JSOND"),
     (["POST", "/p", "--json", ""], "ValueError: --json: this JSON is not valid .JSOND"),
     (["POST", "/p", "--json", "[" * 100000], ".*--json: .*Recursion"),
@@ -2234,7 +2240,7 @@ USAGES = [
     ),
     (
         ["POST", "/p", 'a:={"b": 1, "c": 2, "b": 1}'],
-        "ValueError: a:={.*}: this JSON is not valid .ValueError: pass the name 'b' only once.$",
+        "ValueError: a: this JSON is not valid .ValueError: pass the name 'b' only once.$",
     ),
     (["POST", "/p", "price:=0.1"], "TypeError: params.price: pass a str "),
     (["GET", "/p", "--xy", "{}"], "unrecognized arguments: --xy"),
@@ -2522,9 +2528,9 @@ class CommandLine(ExchangeCase):
             os.close(dup2.call_args[0][0])
 
     def test_interrupts(self):
-        text = "bpx.py: interrupted (if the request was sent, it may be "
+        text = "bpx.py: interrupted (the request may have been executed)\n"
         for error, found in [
-            (KeyboardInterrupt, (4, "", f"{text}executed)\n")),
+            (KeyboardInterrupt, (4, "", text)),
             (SystemExit(7), (7, "", "")),
             (MemoryError, (2, "", "bpx.py: MemoryError:\n")),
         ]:
