@@ -30,7 +30,7 @@ window=5000
 
 This secret key is the example in the exchange's Python guide.
 
-After the errors, the file has six parts, and each uses only what is above it:
+The file has the errors and then six parts. Each uses only the parts above it:
 
 1. canonical_string returns the text that is signed.
 2. sign_request returns the headers with the signature of that text.
@@ -42,14 +42,14 @@ After the errors, the file has six parts, and each uses only what is above it:
 
 Timestamps and windows are in milliseconds, timeouts in seconds. Keys and
 signatures are base64, text is UTF-8, prices and quantities are str or
-Decimal. Signing needs PyNaCl; everything else needs only Python 3.8.
+Decimal. The file needs Python 3.8 or later, and PyNaCl for signing.
 
 There are no functions for single operations, such as place_order: instead,
 you pass the method and the path of the operation. This module has no
 WebSocket streams, never repeats a request, and has no rate limiter. It uses
-the environment variables https_proxy and no_proxy (on Windows and macOS also
-the proxy in the settings of the system), and Python's ssl module uses its own
-ones, such as SSL_CERT_FILE.
+the environment variables https_proxy and no_proxy, and on Windows and macOS
+also the proxy in the settings of the system. Python's ssl module reads other
+variables, such as SSL_CERT_FILE.
 """
 
 import argparse
@@ -110,7 +110,7 @@ DEFAULT_WINDOW = 5000  # milliseconds for which a signed request is valid
 MAX_WINDOW = 60000  # milliseconds, the exchange's limit
 DEFAULT_TIMEOUT = 10.0  # seconds for each step: to connect, send and receive
 MAX_IDLE = 15.0  # seconds after which an idle connection is not used again
-MAX_BODY = 16 * 1024 * 1024  # bytes of a body before or after unpacking
+MAX_BODY = 16 * 1024 * 1024  # bytes of a body, compressed or not
 
 _KEY_LENGTH = 43  # characters of a key in base64, without the "=" at its end
 
@@ -186,8 +186,9 @@ class BPXError(Exception):
     """The base class of APIError, NotSentError and UnknownOutcomeError.
 
     Its attribute request is the urllib.request.Request that failed, and
-    reason is a text. If outcome_unknown is True, the exchange may have
-    executed that request: see UnknownOutcomeError before you repeat an order.
+    reason is a str that says what went wrong. If outcome_unknown is True, the
+    exchange may have executed that request: see UnknownOutcomeError before
+    you repeat an order.
     """
 
     outcome_unknown = False
@@ -233,8 +234,8 @@ class APIError(BPXError):
             if isinstance(field, (str, int, float)):
                 reason += f" {field}"
         super().__init__(request, reason)
-        # To copy an error, pickle calls APIError(*args), so args must be the
-        # arguments of this __init__, and not those of BPXError.__init__.
+        # pickle rebuilds an error by calling APIError(*args). BPXError has set
+        # args to (request, reason), which do not fit this __init__.
         self.args = (request, status, body, headers)
 
 
@@ -248,7 +249,7 @@ class UnknownOutcomeError(BPXError):
     The exchange may have executed the request, so do not repeat an order
     before you have looked for it. Wait until timestamp + window has passed,
     because the exchange may accept the order until then. (The timestamp is
-    in error.request.headers["X-timestamp"]: urllib writes the name so.) Then
+    in error.request.headers["X-timestamp"], as urllib writes the name.) Then
     search for the order by its clientId, which you should give to every
     order: GET /api/v1/order finds an open order, and
     GET /wapi/v1/history/orders a filled or cancelled one.
@@ -278,9 +279,10 @@ def _number_or_type(value: Any) -> str:
 
 
 def _quote(text: str) -> str:
-    """Return a text in quotes for an error message; of a long one, its length.
+    """Return a short text in quotes, and for a long text only its length.
 
-    A long text could be a key that the caller has passed in the wrong place.
+    Error messages use this, because a long text could be a key that the
+    caller has passed in the wrong place.
     """
     if len(text) >= _KEY_LENGTH:
         return f"a text of {len(text)} characters"
@@ -309,8 +311,7 @@ _JSON_ENCODER = json.JSONEncoder(
 def _normalize_params(params: Any) -> List[Dict[str, Any]]:
     """Return a list of normalized mappings.
 
-    It has one for each order of a batch. If params is not a batch, it has
-    exactly one.
+    A batch has one for each order. Without a batch, there is exactly one.
     """
     try:
         if isinstance(params, (list, tuple)):
@@ -321,7 +322,7 @@ def _normalize_params(params: Any) -> List[Dict[str, Any]]:
         else:
             mapping = {} if params is None else params
             mappings = [_normalize_mapping(mapping, "params")]
-    except RecursionError:  # It must come before RuntimeError, its base class.
+    except RecursionError:  # This is also a RuntimeError, so it comes first.
         raise ValueError("params: pass fewer levels of nesting") from None
     except RuntimeError as error:  # Another thread has changed a mapping.
         raise ValueError(f"params: pass a copy, because {error}") from None
@@ -356,7 +357,7 @@ def _normalize_name(name: Any, place: str) -> str:
         raise TypeError(
             f"{place}: pass names as str, not {_number_or_type(name)}"
         )
-    # ascii makes the message printable, even if the name has surrogates.
+    # ascii() makes the message printable, even if the name has surrogates.
     return _normalize_text(name, f"{place}, name {ascii(name)}")
 
 
@@ -453,8 +454,8 @@ def _value_text(value: Any) -> str:
     if isinstance(value, int):
         return str(value)
     # The exchange does not document how a mapping is signed. This
-    # implementation assumes compact JSON. The exchange's Rust client also
-    # signs the JSON of each value, except that a string has no quotes.
+    # implementation assumes compact JSON, because the exchange's Rust client
+    # signs the JSON of each value (but writes a string without its quotes).
     return _JSON_ENCODER.encode(value)
 
 
@@ -533,7 +534,7 @@ def _from_base64(text: str) -> Optional[bytes]:
     return data if _to_base64(data) == text else None
 
 
-@functools.lru_cache(maxsize=8)  # because loading takes as long as signing
+@functools.lru_cache(maxsize=8)  # because loading is as slow as signing
 def _load_signing_key(secret_key: str) -> Any:
     """Return the nacl.signing.SigningKey of a secret key."""
     try:
@@ -566,7 +567,7 @@ def _sign(
         timestamp = time.time_ns() // 1_000_000
     text = _make_canonical_string(instruction, mappings, timestamp, window)
     _check_str(secret_key, "secret_key")
-    signing_key = _load_signing_key(secret_key.strip())
+    signing_key = _load_signing_key(str.strip(secret_key))
     signature = signing_key.sign(text.encode()).signature
     return {
         "X-API-Key": _to_base64(bytes(signing_key.verify_key)),
@@ -592,8 +593,10 @@ def sign_request(
     see canonical_string.
 
     Raises TypeError or ValueError for arguments that cannot be signed and
-    for a bad key; no message contains the key. Raises ImportError if PyNaCl
-    is not installed. Source: docs.backpack.exchange, "Signature Generation".
+    for a bad secret_key, which no message contains. Raises ImportError if
+    PyNaCl is not installed.
+
+    Source: docs.backpack.exchange, "Signature Generation".
     """
     mappings = _normalize_params(params)
     return _sign(instruction, mappings, secret_key, timestamp, window)
@@ -612,7 +615,7 @@ _BASE_URL_PATTERN = re.compile(
 _LOOPBACK_HOSTS = ("localhost", "127.0.0.1", "[::1]")
 _HEADER_NAME_PATTERN = re.compile("[A-Za-z0-9-]+")
 _HEADER_VALUE_PATTERN = re.compile("[ -~]*")  # printable ASCII
-_RESERVED_HEADERS = (  # build_request, send or http.client sets these.
+_RESERVED_HEADERS = (  # Only bpx.py and http.client may set these.
     "accept-encoding",
     "content-encoding",
     "content-length",
@@ -626,16 +629,20 @@ _RESERVED_HEADERS = (  # build_request, send or http.client sets these.
 )
 
 
-def _check_method(method: Any) -> None:
+def _normalize_method(method: Any) -> str:
+    """Return the method in upper case, as a plain str."""
     _check_str(method, "method")
     if not _METHOD_PATTERN.fullmatch(method):
         raise ValueError(
             f"method: pass a word, such as 'GET', not {_quote(method)}"
         )
+    return str.upper(method)  # also converts a subclass
 
 
-def _check_path(path: Any) -> None:
-    _check_str(path, "path")
+def _normalize_path(value: Any) -> str:
+    """Return the path as a plain str."""
+    _check_str(value, "path")
+    path = str.__str__(value)  # converts a subclass
     if "://" in path or path.startswith("//"):
         # The message does not show the URL, because it could hold a password.
         raise ValueError(
@@ -656,9 +663,11 @@ def _check_path(path: Any) -> None:
             "path: use only letters, digits and - . _ ~ % /, "
             f"not {_quote(path)}"
         )
+    return path
 
 
-def _check_base_url(base_url: Any) -> None:
+def _normalize_base_url(base_url: Any) -> str:
+    """Return the base URL without the slash at its end."""
     # No message shows the URL, because it could hold a password.
     _check_str(base_url, "base_url")
     match = _BASE_URL_PATTERN.fullmatch(base_url)
@@ -675,6 +684,7 @@ def _check_base_url(base_url: Any) -> None:
         raise ValueError(
             f"base_url: pass a port from 1 to 65535, not {match['port']}"
         )
+    return str.rstrip(base_url, "/")  # also converts a subclass
 
 
 def _normalize_headers(headers: Any) -> Dict[str, str]:
@@ -686,7 +696,7 @@ def _normalize_headers(headers: Any) -> Dict[str, str]:
             f"headers: pass a mapping, not {type(headers).__name__}"
         )
     normalized = {}
-    # dict makes a copy: another thread could change the headers meanwhile.
+    # dict makes a copy, because another thread could change the headers.
     for name, value in dict(headers).items():
         # No message shows a value, because it could be a secret.
         is_str = isinstance(name, str)
@@ -695,7 +705,7 @@ def _normalize_headers(headers: Any) -> Dict[str, str]:
         lower_name = str.lower(name)  # also converts a subclass of str
         if lower_name in _RESERVED_HEADERS:
             raise ValueError(
-                f"header {name}: leave it out, because bpx.py sets it"
+                f"header {name}: leave it out, because it is reserved"
             )
         if lower_name in normalized:
             raise ValueError(f"header {name}: pass it only once")
@@ -715,13 +725,10 @@ def _find_instruction(
     return INSTRUCTIONS.get(f"{method} {path}")
 
 
-def _check_key_is_needed(
+def _check_key_presence(
     method: str, path: str, instruction: Optional[str], secret_key: Any
 ) -> None:
-    """Raise ValueError if the key of a signed request is missing.
-
-    Raise ValueError also if a key is passed for a public request.
-    """
+    """Raise if a signed request has no key, or a public request has one."""
     if instruction is not None and secret_key is None:
         raise ValueError(f"{method} {path} must be signed: pass secret_key")
     if instruction is None and secret_key is not None:
@@ -767,16 +774,14 @@ def build_request(
     None. base_url is https, or http to localhost. headers are not signed.
     Raises TypeError, ValueError and ImportError as sign_request does.
     """
-    _check_method(method)
-    _check_path(path)
-    _check_base_url(base_url)
-    method = method.upper()
-    url = base_url.rstrip("/") + path
+    method = _normalize_method(method)
+    path = _normalize_path(path)
+    url = _normalize_base_url(base_url) + path
     all_headers = _normalize_headers(headers)
     all_headers.setdefault("user-agent", f"bpx.py/{__version__}")
     mappings = _normalize_params(params)
     instruction = _find_instruction(method, path, instruction)
-    _check_key_is_needed(method, path, instruction, secret_key)
+    _check_key_presence(method, path, instruction, secret_key)
     if instruction is not None:
         signed = _sign(instruction, mappings, secret_key, timestamp, window)
         all_headers.update(signed)
@@ -814,12 +819,14 @@ class Response(NamedTuple):
 
 
 class _ResponseStream(io.RawIOBase):
-    """Replaces the socket when http.client reads a response.
+    """Replaces the socket while http.client reads one response.
 
-    http.client only calls its method makefile, and then reads from the
-    buffered stream that makefile returns. That stream calls readinto.
+    http.client calls makefile, and reads from the BufferedReader that this
+    returns. The BufferedReader calls readinto, which reads from the socket:
 
-    readinto reads from the socket, and adds two things:
+        HTTPResponse -> BufferedReader -> _ResponseStream -> socket
+
+    It adds two things:
     - A deadline for the whole response. The timeout of a socket covers only
       one read, so a slow server could make a response last forever.
     - An EOFError if the server closes the connection. Without it, http.client
@@ -829,10 +836,10 @@ class _ResponseStream(io.RawIOBase):
     def __init__(self, sock: Any, deadline: float) -> None:
         self._sock = sock
         self._deadline = deadline
-        # After "Connection: close", http.client calls sock.close before it
-        # reads the body. But Python closes a socket only when all streams
-        # that its makefile has returned are closed. So this stream keeps it
-        # open until close is called below.
+        # This stream of the socket also keeps the socket open. http.client
+        # may call sock.close before it reads the body (this is so after
+        # "Connection: close"), and then Python waits with closing it until
+        # the stream is closed, too. The method close does that.
         self._socket_stream = sock.makefile("rb", buffering=0)
 
     def makefile(self, mode: str) -> io.BufferedReader:
@@ -859,11 +866,12 @@ class _ResponseStream(io.RawIOBase):
 
 
 def _set_response_timeout(connection: Any, timeout: float) -> None:
-    """Make a connection read its responses through a _ResponseStream.
+    """Set the timeout for each response of a connection as a whole.
 
-    Each of them then has a deadline: timeout seconds after the request.
+    The time starts when http.client begins to wait for the response.
     """
 
+    # http.client will call this in place of its HTTPResponse(sock, ...).
     def make_response(
         sock: Any, *args: Any, **options: Any
     ) -> http.client.HTTPResponse:
@@ -871,8 +879,6 @@ def _set_response_timeout(connection: Any, timeout: float) -> None:
         stream: Any = _ResponseStream(sock, deadline)
         return http.client.HTTPResponse(stream, *args, **options)
 
-    # When it has sent a request (also one to a proxy), http.client makes the
-    # response by calling response_class(sock, ...).
     connection.response_class = make_response
 
 
@@ -901,7 +907,7 @@ class _Proxy(NamedTuple):
 def _find_proxy(host: str) -> Optional[_Proxy]:
     """Return the proxy for https requests to a host, or None.
 
-    It is set in the environment, or in the settings of the system.
+    The proxy comes from the environment or the settings of the system.
     """
     proxy_url = urllib.request.getproxies().get("https")
     if proxy_url is None or urllib.request.proxy_bypass(host):
@@ -931,23 +937,23 @@ def _new_connection(
         return http.client.HTTPConnection(request.host, timeout=timeout)
     context = _tls_context()
     proxy = _find_proxy(request.host)
+    if proxy is None:
+        return http.client.HTTPSConnection(
+            request.host, timeout=timeout, context=context
+        )
     connection = http.client.HTTPSConnection(
-        request.host if proxy is None else proxy.address,
-        timeout=timeout,
-        context=context,
+        proxy.address, timeout=timeout, context=context
     )
-    if proxy is not None:
-        # With this, http.client first asks the proxy in plain HTTP for a
-        # tunnel to request.host, and then begins TLS with that host through
-        # the tunnel.
-        connection.set_tunnel(request.host, headers=proxy.headers)
+    # With this, http.client first asks the proxy in plain HTTP for a tunnel to
+    # request.host, and then begins TLS with that host through the tunnel.
+    connection.set_tunnel(request.host, headers=proxy.headers)
     return connection
 
 
 def _connect(request: Request, timeout: float) -> http.client.HTTPConnection:
     """Return an open connection to the host of a request."""
     connection = _new_connection(request, timeout)
-    # If there is a proxy, connect reads its response, which needs a deadline.
+    # connection.connect already reads a response if there is a proxy.
     _set_response_timeout(connection, timeout)
     try:
         connection.connect()
@@ -963,16 +969,19 @@ class _Idle(NamedTuple):
 
 
 class _IdleConnections(Dict[Any, _Idle]):
-    """The idle connections of one thread, by origin."""
+    """The idle connections of one thread, by origin.
+
+    It is a dict that closes its connections when its thread, or Python, ends.
+    Otherwise Python would close them with a ResourceWarning.
+    """
 
     def __del__(self) -> None:
-        # Python calls this when the thread ends, or when Python itself ends.
         for idle in self.values():
             idle.connection.close()
 
 
 class _ThreadConnections(threading.local):
-    """Holds by_origin, which is a separate object in each thread."""
+    """Has by_origin, which is a different object in each thread."""
 
     def __init__(self) -> None:
         # threading.local calls this once in each thread.
@@ -1040,21 +1049,18 @@ def _read_packed_body(response: http.client.HTTPResponse) -> bytes:
     has_length = _has_length_header(response)
     body = bytearray()
     try:
-        # read1 returns what has arrived, and b"" at the end of the body. (If
-        # read raised an error, what it had already received would be lost.)
+        # read1 returns what has arrived, and b"" at the end of the body. (The
+        # method read would lose what it has received when it raises.)
         part = response.read1(65536)
         while part:
             body += part
             _check_size(body)
             part = response.read1(65536)
     except EOFError:  # The server has closed the connection.
-        if has_length:
-            raise  # The body was cut off.
-        # Without a length, a body ends when the connection is closed. But a
-        # body that was cut off looks the same.
-        if not _is_error(response.status):
-            raise  # Half a result must not be taken for a whole one.
-        # The body of an error is useful even if it was cut off.
+        # With a length header, the body was cut off. Without one, the body is
+        # either complete or cut off, which is good enough only for an error.
+        if has_length or not _is_error(response.status):
+            raise
     return bytes(body)
 
 
@@ -1079,7 +1085,7 @@ def _read_body(response: http.client.HTTPResponse) -> bytes:
 def _receive(connection: http.client.HTTPConnection) -> Response:
     """Return the response to a request that was sent.
 
-    If its status is not 2xx and its body cannot be read, return b"" as body.
+    The body is b"" if it cannot be read and the status is not 2xx.
     """
     with connection.getresponse() as response:
         if response.status < 200:  # http.client itself skips only 100.
@@ -1091,9 +1097,8 @@ def _receive(connection: http.client.HTTPConnection) -> Response:
         except Exception:
             if not _is_error(response.status):
                 raise
-            # Return the status without the body. Close the connection,
-            # because the rest of the body could be taken for the next
-            # response.
+            # Return the status without the body. The rest of the body could
+            # be taken for the next response, so the connection is not kept.
             connection.close()
             body = b""
     return Response(response.status, response.headers, body)
@@ -1104,6 +1109,7 @@ def _send_and_receive(
 ) -> Response:
     """Send a request once and return its response."""
     try:
+        # A kept connection still has the timeouts of the last request.
         connection.sock.settimeout(timeout)  # for sending
         _set_response_timeout(connection, timeout)
         connection.request(
@@ -1117,15 +1123,15 @@ def _send_and_receive(
         connection.close()  # A late response must not reach the next request.
         raise
     if response.status == 408:
-        # The server may have sent this 408 because the connection was idle,
-        # before the request arrived. Then the response to the request could
-        # still come, and could be taken for the response to the next one.
+        # Some servers send 408 on an idle connection. If this 408 was sent
+        # before our request arrived, the real response may still come, and
+        # the next request must not receive it.
         connection.close()
     return response
 
 
 def _check_timeout(timeout: Any) -> None:
-    is_bool = isinstance(timeout, bool)  # which is also an int
+    is_bool = isinstance(timeout, bool)  # True and False are also int.
     is_number = isinstance(timeout, (int, float)) and not is_bool
     if not is_number or not 0 < timeout <= 86400:
         raise ValueError(
@@ -1138,14 +1144,14 @@ def send(request: Request, *, timeout: float = DEFAULT_TIMEOUT) -> Response:
     """Send a request made by build_request, once; return the response.
 
     The response may have any status. If the status is not 2xx, the body may
-    be cut off, or empty if it cannot be read. timeout is the limit of each
-    step in seconds. The steps are to connect (a host may have more than one
-    address, and a proxy adds a step), to send, and to receive the whole
-    response. Looking up the name of the host has no timeout.
+    be cut off, or empty if it cannot be read. timeout is in seconds, for each
+    of three steps: connecting (once for each address of the host, and once
+    more for a proxy), sending, and receiving the whole response. Looking up
+    the name of the host has no timeout.
 
     Raises NotSentError or UnknownOutcomeError. Raises ValueError if timeout
     is not a number above 0 and up to 86400 (a day). A KeyboardInterrupt is
-    not converted; the request may have been executed in this case, too.
+    not converted; after it, too, the request may have been executed.
     """
     _check_timeout(timeout)
     # The process is part of the origin, so that a forked child does not use
@@ -1161,7 +1167,8 @@ def send(request: Request, *, timeout: float = DEFAULT_TIMEOUT) -> Response:
         response = _send_and_receive(connection, request, timeout)
     except Exception as error:
         raise UnknownOutcomeError(request, _describe(error)) from error
-    if connection.sock is not None:  # Otherwise the connection was closed.
+    # If http.client or this module has closed the connection, sock is None.
+    if connection.sock is not None:
         _connections.by_origin[origin] = _Idle(connection, time.monotonic())
     return response
 
@@ -1184,9 +1191,9 @@ def _result(request: Request, response: Response) -> Any:
     """Return the decoded body of a response, or raise a BPXError."""
     try:
         body = _decode(response.body)
-    except MemoryError as error:
-        # After sending, only BPXErrors are raised: callers such as main take
-        # any other exception to mean that nothing was sent.
+    except MemoryError as error:  # Only this can still happen in _decode.
+        # The request was sent, so raise a BPXError: for callers such as main,
+        # any other exception means that nothing was sent.
         raise UnknownOutcomeError(request, _describe(error)) from error
     if _is_error(response.status):
         raise APIError(request, response.status, body, response.headers)
@@ -1257,8 +1264,8 @@ def patch(path: str, params: Params = None, **options: Any) -> Any:
 
 _USAGE = "bpx.py [options] METHOD PATH [name=text | name:=json]..."
 _EPILOG = """\
-name=text sends a parameter as text, and name:=json as a JSON value, or not at
-all if it is null. Write prices and quantities as text. A request that must be
+name=text sends a parameter as text. name:=json sends it as a JSON value; null
+leaves it out. Write prices and quantities as text. A request that must be
 signed is signed with the secret key in the environment variable
 BPX_SECRET_KEY. The body of the response is printed as JSON.
 
@@ -1271,7 +1278,7 @@ exit status:
   1  APIError: the exchange has refused the request
   2  a wrong argument, a missing key or module, or a dry run that failed:
      nothing was sent
-  3  NotSentError: the connection failed, and nothing was sent
+  3  NotSentError: there was no connection, so nothing was sent
   4  The exchange may have executed the request. This is the status after an
      UnknownOutcomeError, an APIError with the status 408 or 5xx, an
      interrupt, or a response that could not be printed.
@@ -1295,8 +1302,8 @@ def _redirect_to_null_device(descriptor: int) -> None:
     """Make a file descriptor discard what is written to it.
 
     Call this after a write to a standard stream has failed. The text is still
-    in the buffer of the stream, and when Python ends, it writes the buffer
-    once more. If that failed too, the exit status would become 120.
+    in the buffer of the stream, and Python tries to write it again when it
+    ends. A second failure would change the exit status to 120.
     """
     null_device = os.open(os.devnull, os.O_WRONLY)
     os.dup2(null_device, descriptor)
@@ -1317,9 +1324,12 @@ class _ArgumentParser(argparse.ArgumentParser):
     """A parser that reports an error in one line."""
 
     def error(self, message: str) -> NoReturn:
-        # A long word could be a key, so it is not shown.
-        shown = re.sub(rf"\S{{{_KEY_LENGTH},}}", "(a long text)", message)
-        _exit(2, f"{shown}; usage: {_USAGE}")
+        # Do not show long words, because they could be keys.
+        words = [
+            word if len(word) < _KEY_LENGTH else "(a long text)"
+            for word in message.split()
+        ]
+        _exit(2, f"{' '.join(words)}; usage: {_USAGE}")
 
 
 def _make_parser() -> argparse.ArgumentParser:
@@ -1385,13 +1395,13 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
 def _unique_names(pairs: List[Tuple[str, Any]]) -> Dict[str, Any]:
     """Return the dict of these pairs; raise if a name is repeated.
 
-    dict(pairs) silently keeps the last value, and so does json.loads if this
-    is not its object_pairs_hook.
+    dict(pairs) would silently keep the last value. json.loads would, too, so
+    this function is passed to it as object_pairs_hook.
     """
     mapping = {}
     for name, value in pairs:
         if name in mapping:
-            raise ValueError(f"pass the name {name!r} only once")
+            raise ValueError(f"pass the name {_quote(name)} only once")
         mapping[name] = value
     return mapping
 
@@ -1412,10 +1422,12 @@ def _read_pair(pair: str) -> Tuple[str, Any]:
     is_json = name.endswith(":")
     if is_json:
         name = name[:-1]
-    # A key ends with "=", so it would be a name with an empty text.
+    # A key that is passed here by mistake looks like a long name with an
+    # empty text, because it ends with "=". Refuse it, so that it is not sent.
     if not name or not separator or len(name) >= _KEY_LENGTH:
         raise ValueError(f"pass name=text or name:=json, not {_quote(pair)}")
-    return name, _read_json(name, text) if is_json else text
+    value = _read_json(name, text) if is_json else text
+    return name, value
 
 
 def _read_params(args: argparse.Namespace) -> Any:
@@ -1488,27 +1500,28 @@ def _run(args: argparse.Namespace) -> Any:
 
 
 def _print(result: Any, is_dry_run: bool) -> None:
-    """Print a result. If that fails, exit with 2 for a dry run, else with 4.
+    """Print a result, or exit with a status as in --help if that fails.
 
-    A pipe that its reader, such as head, has closed is not a failure.
+    If a pipe was closed by its reader (such as head), that is no failure.
     """
     try:
         text = result if is_dry_run else json.dumps(result, indent=2)
         if sys.stdout is None:  # print would do nothing.
             raise OSError("standard output is closed")
         print(text, flush=True)
-    except BrokenPipeError:  # The reader of the pipe has what it needs.
+    except BrokenPipeError:
         _redirect_to_null_device(_STANDARD_OUTPUT)
     except (Exception, KeyboardInterrupt) as error:
         _redirect_to_null_device(_STANDARD_OUTPUT)
-        # 4 says that the request was sent.
-        _exit(2 if is_dry_run else 4, f"cannot print: {_describe(error)}")
+        status = 2 if is_dry_run else 4  # 4, because the request was sent
+        _exit(status, f"cannot print: {_describe(error)}")
 
 
 def main(argv: Optional[Sequence[str]] = None) -> None:
     """Run the command line; if it fails, exit with a status as in --help.
 
-    argv is a list of str, by default sys.argv[1:].
+    argv is a list of str, by default sys.argv[1:]. If printing fails, standard
+    output is redirected to the null device for the rest of the process.
     """
     # Intermixed: options may stand between the parameters.
     args = _make_parser().parse_intermixed_args(argv)

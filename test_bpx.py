@@ -224,6 +224,7 @@ class LyingStr(str):
     """Converts itself to something else than its characters."""
 
     __str__ = __repr__ = __format__ = encode = isascii = capitalize = lie
+    lower = upper = strip = rstrip = startswith = lie
 
 
 class LyingInt(int):
@@ -410,7 +411,7 @@ BASE_URL = "base_url: pass https://HOST, with a port and a path if needed"
 HTTPS = "base_url: pass https; http is allowed only for localhost, 127.0.0.1 and [::1]"
 PORT = "base_url: pass a port from 1 to 65535, not "
 HEADER_NAMES = "headers: pass names of letters, digits and -"
-RESERVED = "header {}: leave it out, because bpx.py sets it"
+RESERVED = "header {}: leave it out, because it is reserved"
 HEADER_TEXT = "header X-A: pass printable ASCII text"
 IN_QUERY = ": pass a single value, not a mapping, because GET sends it in a query"
 NO_KEY = "{} must be signed: pass secret_key"
@@ -1089,6 +1090,20 @@ class BuildRequest(SecretsCase):
             with self.subTest(path):
                 built = bpx.build_request("GET", path)
                 self.assertEqual(built.selector, "".join([path]))
+
+    def test_a_str_subclass_is_its_characters(self):
+        built = bpx.build_request(
+            LyingStr("get"),
+            LyingStr("/api/v1/capital"),
+            secret_key=GUIDE_KEY,
+            base_url=LyingStr("https://a.example/"),
+            timestamp=5,
+        )
+        self.assertEqual(built.get_method().encode(), b"GET")
+        self.assertEqual(built.full_url, "https://a.example/api/v1/capital")
+        expected = bpx.sign_request("balanceQuery", {}, GUIDE_KEY, timestamp=5)
+        found = built.get_header("X-signature")
+        self.assertEqual(found, expected["X-Signature"])
 
     def test_every_character_at_every_place(self):
         for argument, templates, accepted in CHARACTERS:
@@ -2082,6 +2097,20 @@ class Transport(SecretsCase):
             self.order(server.url, 2)
             self.assertEqual(self.ask(server.url), 1)
 
+    def test_the_timeout_for_sending(self):
+        params = {"a": "b" * 2**24}  # more than what is sent without reading
+        for first, second, wait in [(0.2, 5, 0.4), (5, 0.2, 2)]:
+            with ScriptedServer([TWO, wait]) as server:
+                self.order(server.url, first)
+                options = {"base_url": server.url, "timeout": second}
+                if wait < second:
+                    bpx.post("/p", params, **options)
+                else:
+                    began = time.monotonic()
+                    with self.assertRaises(bpx.UnknownOutcomeError):
+                        bpx.post("/p", params, **options)
+                    self.assertLess(time.monotonic() - began, wait)
+
     def test_what_the_errors_say(self):
         for text, script in REASONS:
             with self.subTest(text), ScriptedServer(script) as server:
@@ -2195,8 +2224,8 @@ options:
                       receive (default: 10.0)
   --base-url URL      where to send (default: https://api.backpack.exchange)
 
-name=text sends a parameter as text, and name:=json as a JSON value, or not at
-all if it is null. Write prices and quantities as text. A request that must be
+name=text sends a parameter as text. name:=json sends it as a JSON value; null
+leaves it out. Write prices and quantities as text. A request that must be
 signed is signed with the secret key in the environment variable
 BPX_SECRET_KEY. The body of the response is printed as JSON.
 
@@ -2209,7 +2238,7 @@ exit status:
   1  APIError: the exchange has refused the request
   2  a wrong argument, a missing key or module, or a dry run that failed:
      nothing was sent
-  3  NotSentError: the connection failed, and nothing was sent
+  3  NotSentError: there was no connection, so nothing was sent
   4  The exchange may have executed the request. This is the status after an
      UnknownOutcomeError, an APIError with the status 408 or 5xx, an
      interrupt, or a response that could not be printed.
@@ -2227,6 +2256,10 @@ USAGES = [
     (["GET", "/p", GUIDE_KEY[:-1]], ".*, not a text of 43 characters$"),
     (["GET", "/p", f"n:={GUIDE_KEY}"], "ValueError: n: this JSON is not valid "),
     (["GET", "/p", "--key", GUIDE_KEY], "unrecognized arguments: --key .a long text.; usage"),
+    (["GET", "/p", "--k", "k" * 42], "unrecognized arguments: --k k{42}; usage"),
+    (["GET", "/p", "--k", "k" * 43], "unrecognized arguments: --k .a long text.; usage"),
+    (["GET", "/p", "k" * 42 + "=", "k" * 42 + "="], "ValueError: pass the name 'k{42}' only once$"),
+    (["GET", "/p", "--json", '{"%s": 1, "%s": 1}' % (GUIDE_KEY, GUIDE_KEY)], ".* the name a text of 44 "),
     (["GET", "/p", f"--window={GUIDE_KEY[:-1]}"], "argument --window: .*a long text"),
     (["POST", "/p", "--json", "null"], "ValueError: --json: pass an object or a list, not null$"),
     (["GET", "/p", "n:=x"], "ValueError: n: this JSON is not valid .JSONDecodeError: "),
