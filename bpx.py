@@ -30,7 +30,7 @@ window=5000
 
 This secret key is the example in the exchange's Python guide.
 
-The file has the errors and then six parts. Each uses only the parts above it:
+After the error classes, the file has six parts. Each uses only what is above:
 
 1. canonical_string returns the text that is signed.
 2. sign_request returns the headers with the signature of that text.
@@ -48,8 +48,8 @@ There are no functions for single operations, such as place_order: instead,
 you pass the method and the path of the operation. This module has no
 WebSocket streams, never repeats a request, and has no rate limiter. It uses
 the environment variables https_proxy and no_proxy, and on Windows and macOS
-also the proxy in the settings of the system. Python's ssl module reads other
-variables, such as SSL_CERT_FILE.
+also the proxy in the settings of the system. Python's ssl module also reads
+some variables, such as SSL_CERT_FILE.
 """
 
 import argparse
@@ -110,7 +110,7 @@ DEFAULT_WINDOW = 5000  # milliseconds for which a signed request is valid
 MAX_WINDOW = 60000  # milliseconds, the exchange's limit
 DEFAULT_TIMEOUT = 10.0  # seconds for each step: to connect, send and receive
 MAX_IDLE = 15.0  # seconds after which an idle connection is not used again
-MAX_BODY = 16 * 1024 * 1024  # bytes of a body, compressed or not
+MAX_BODY = 16 * 1024 * 1024  # bytes of a body, before and after unpacking
 
 _KEY_LENGTH = 43  # characters of a key in base64, without the "=" at its end
 
@@ -210,8 +210,8 @@ class APIError(BPXError):
     status is an int, body is the decoded body, and headers are those of the
     response. If body is a dict, code is body.get("code"), and message is
     body.get("message"); otherwise code is None, and message is body.
-    outcome_unknown is True for 408 and 5xx: a gateway may send these although
-    the exchange has executed the request.
+    outcome_unknown is True for 408 and 5xx: a gateway may send such a status
+    even if the exchange has executed the request.
     """
 
     def __init__(
@@ -249,7 +249,7 @@ class UnknownOutcomeError(BPXError):
     The exchange may have executed the request, so do not repeat an order
     before you have looked for it. Wait until timestamp + window has passed,
     because the exchange may accept the order until then. (The timestamp is
-    in error.request.headers["X-timestamp"], as urllib writes the name.) Then
+    in error.request.headers["X-timestamp"]: urllib changes the case.) Then
     search for the order by its clientId, which you should give to every
     order: GET /api/v1/order finds an open order, and
     GET /wapi/v1/history/orders a filled or cancelled one.
@@ -259,7 +259,7 @@ class UnknownOutcomeError(BPXError):
 
 
 def _one_line(text: str) -> str:
-    """Return the first 300 characters as one line without control codes."""
+    """Return at most 300 characters, as one line of printable characters."""
     printable = [c if c.isprintable() else " " for c in text[:300]]
     return " ".join("".join(printable).split())
 
@@ -278,15 +278,13 @@ def _number_or_type(value: Any) -> str:
     return type(value).__name__
 
 
-def _quote(text: str) -> str:
-    """Return a short text in quotes, and for a long text only its length.
+def _hide_long(text: str) -> str:
+    """Return a short text, or "(a long text)" in place of a long one.
 
     Error messages use this, because a long text could be a key that the
     caller has passed in the wrong place.
     """
-    if len(text) >= _KEY_LENGTH:
-        return f"a text of {len(text)} characters"
-    return repr(text)
+    return text if len(text) < _KEY_LENGTH else "(a long text)"
 
 
 def _check_str(value: Any, place: str) -> None:
@@ -300,7 +298,8 @@ def _check_str(value: Any, place: str) -> None:
 # int and bool, and every None is left out. What is signed and what is sent
 # are both made from the normalized values, so they always agree.
 # Subclasses of str, int and Decimal are converted to the plain type, because
-# they may have another __str__.
+# a subclass may have another __str__. In all these functions, place says where
+# a value stands, for error messages: params[0].price, for example.
 
 # Writes the JSON of a request's body, and of mappings in the canonical string.
 _JSON_ENCODER = json.JSONEncoder(
@@ -311,7 +310,7 @@ _JSON_ENCODER = json.JSONEncoder(
 def _normalize_params(params: Any) -> List[Dict[str, Any]]:
     """Return a list of normalized mappings.
 
-    A batch has one for each order. Without a batch, there is exactly one.
+    It has one for each order of a batch, or exactly one if params is no batch.
     """
     try:
         if isinstance(params, (list, tuple)):
@@ -322,7 +321,7 @@ def _normalize_params(params: Any) -> List[Dict[str, Any]]:
         else:
             mapping = {} if params is None else params
             mappings = [_normalize_mapping(mapping, "params")]
-    except RecursionError:  # This is also a RuntimeError, so it comes first.
+    except RecursionError:  # a subclass of RuntimeError, so it must be first
         raise ValueError("params: pass fewer levels of nesting") from None
     except RuntimeError as error:  # Another thread has changed a mapping.
         raise ValueError(f"params: pass a copy, because {error}") from None
@@ -340,12 +339,12 @@ def _normalize_mapping(mapping: Any, place: str) -> Dict[str, Any]:
         )
     normalized = {}
     for name, value in mapping.items():
-        # Most names and values are plain ASCII str, which need no change.
-        # Skipping the calls for them makes signing 10 % faster.
+        # The calls convert subclasses and refuse surrogates. A plain ASCII
+        # str needs neither, and skipping the calls makes signing 10 % faster.
         if not (type(name) is str and name.isascii()):
             name = _normalize_name(name, place)
         if not (type(value) is str and value.isascii()):
-            value = _normalize_value(value, f"{place}.{name}")
+            value = _normalize_value(value, f"{place}.{_hide_long(name)}")
         if value is not None:
             normalized[name] = value
     return normalized
@@ -358,11 +357,11 @@ def _normalize_name(name: Any, place: str) -> str:
             f"{place}: pass names as str, not {_number_or_type(name)}"
         )
     # ascii() makes the message printable, even if the name has surrogates.
-    return _normalize_text(name, f"{place}, name {ascii(name)}")
+    return _normalize_text(name, f"{place}, name {ascii(_hide_long(name))}")
 
 
 def _normalize_value(value: Any, place: str) -> Any:
-    """Return a normalized value; place is its position, for errors."""
+    """Return a normalized value."""
     if isinstance(value, Enum):  # First: a member may also be a str or int.
         return _normalize_value(value.value, place)
     if value is None or isinstance(value, bool):
@@ -433,7 +432,9 @@ def _name_value_pairs(mapping: Dict[str, Any]) -> List[Tuple[str, str]]:
     pairs = []
     for name in sorted(mapping):
         value = mapping[name]
-        if isinstance(value, str):  # This saves the call of _value_text.
+        if isinstance(
+            value, str
+        ):  # Faster than _value_text, with the same result.
             pairs.append((name, value))
         elif isinstance(value, list):
             # The exchange does not document how a list is signed. This
@@ -455,7 +456,7 @@ def _value_text(value: Any) -> str:
         return str(value)
     # The exchange does not document how a mapping is signed. This
     # implementation assumes compact JSON, because the exchange's Rust client
-    # signs the JSON of each value (but writes a string without its quotes).
+    # signs each value as JSON, and only a string without its quotes.
     return _JSON_ENCODER.encode(value)
 
 
@@ -507,7 +508,8 @@ def canonical_string(
     signed; the form used here is an assumption.
 
     Nothing in the text is escaped. Therefore {"a": "1&b=2"} gives the same
-    text as {"a": "1", "b": "2"}: never put untrusted text into a value.
+    text as {"a": "1", "b": "2"}: never put untrusted text into names or
+    values.
 
     Raises TypeError or ValueError for arguments that cannot be signed.
     Source: docs.backpack.exchange, "Signature Generation".
@@ -534,7 +536,7 @@ def _from_base64(text: str) -> Optional[bytes]:
     return data if _to_base64(data) == text else None
 
 
-@functools.lru_cache(maxsize=8)  # because loading is as slow as signing
+@functools.lru_cache(maxsize=8)  # Loading a key takes as long as signing.
 def _load_signing_key(secret_key: str) -> Any:
     """Return the nacl.signing.SigningKey of a secret key."""
     try:
@@ -592,9 +594,9 @@ def sign_request(
     default now) and window are in milliseconds. For instruction and params,
     see canonical_string.
 
-    Raises TypeError or ValueError for arguments that cannot be signed and
-    for a bad secret_key, which no message contains. Raises ImportError if
-    PyNaCl is not installed.
+    Raises TypeError or ValueError for arguments that cannot be signed, and
+    for a bad secret_key. No error message contains secret_key. Raises
+    ImportError if PyNaCl is not installed.
 
     Source: docs.backpack.exchange, "Signature Generation".
     """
@@ -634,7 +636,7 @@ def _normalize_method(method: Any) -> str:
     _check_str(method, "method")
     if not _METHOD_PATTERN.fullmatch(method):
         raise ValueError(
-            f"method: pass a word, such as 'GET', not {_quote(method)}"
+            f"method: pass a word, such as 'GET', not {_hide_long(method)!r}"
         )
     return str.upper(method)  # also converts a subclass
 
@@ -651,17 +653,17 @@ def _normalize_path(value: Any) -> str:
         )
     if "?" in path:
         raise ValueError(
-            f"path: pass the query as params, not within {_quote(path)}"
+            f"path: pass the query as params, not within {_hide_long(path)!r}"
         )
     if not path.startswith("/"):
         raise ValueError(
             "path: begin with a slash, as in '/api/v1/order', "
-            f"not {_quote(path)}"
+            f"not {_hide_long(path)!r}"
         )
     if not _PATH_PATTERN.fullmatch(path):
         raise ValueError(
             "path: use only letters, digits and - . _ ~ % /, "
-            f"not {_quote(path)}"
+            f"not {_hide_long(path)!r}"
         )
     return path
 
@@ -739,14 +741,17 @@ def _check_key_presence(
 
 
 def _query(content: Any) -> str:
-    """Return normalized params as a query that begins with "?", or ""."""
+    """Return the query of a GET with its "?", or "" if it has no parameters.
+
+    content is the normalized params: a mapping, or a list for a batch.
+    """
     if isinstance(content, list):
         raise TypeError("params: pass one mapping to GET, not a batch")
     for name, value in content.items():
         if isinstance(value, dict):
             raise TypeError(
-                f"params.{name}: pass a single value, not a mapping, "
-                "because GET sends it in a query"
+                f"params.{_hide_long(name)}: pass a single value, not a "
+                "mapping, because GET sends it in a query"
             )
     pairs = _name_value_pairs(content)
     if not pairs:
@@ -772,7 +777,8 @@ def build_request(
     request is signed if instruction is passed, or found in INSTRUCTIONS; then
     secret_key is required. Otherwise it is public, and secret_key must be
     None. base_url is https, or http to localhost. headers are not signed.
-    Raises TypeError, ValueError and ImportError as sign_request does.
+    Raises TypeError or ValueError for bad arguments, and ImportError if
+    PyNaCl is needed and not installed.
     """
     method = _normalize_method(method)
     path = _normalize_path(path)
@@ -785,7 +791,7 @@ def build_request(
     if instruction is not None:
         signed = _sign(instruction, mappings, secret_key, timestamp, window)
         all_headers.update(signed)
-    # If params is not a batch, there is only one mapping.
+    # Send the list if params is a batch, and otherwise the only mapping.
     content = mappings if isinstance(params, (list, tuple)) else mappings[0]
     if method == "GET":
         return Request(url + _query(content), headers=all_headers)
@@ -802,8 +808,8 @@ def build_request(
 # - has no limit for the total time of a response.
 #
 # Each thread keeps one idle connection per origin (scheme, host and port).
-# After any failure, a connection is closed. Otherwise a late response could
-# be taken for the response to the next request.
+# After any failure, a connection is closed, because a late response could be
+# taken for the response to the next request.
 
 
 class Response(NamedTuple):
@@ -819,14 +825,15 @@ class Response(NamedTuple):
 
 
 class _ResponseStream(io.RawIOBase):
-    """Replaces the socket while http.client reads one response.
+    """Stands in for the socket while http.client reads one response.
 
-    http.client calls makefile, and reads from the BufferedReader that this
-    returns. The BufferedReader calls readinto, which reads from the socket:
+    http.client only calls makefile, as it does with a socket. makefile
+    returns a BufferedReader, which calls readinto, which reads from the
+    socket:
 
         HTTPResponse -> BufferedReader -> _ResponseStream -> socket
 
-    It adds two things:
+    Compared with a socket, this class adds two things:
     - A deadline for the whole response. The timeout of a socket covers only
       one read, so a slow server could make a response last forever.
     - An EOFError if the server closes the connection. Without it, http.client
@@ -836,10 +843,9 @@ class _ResponseStream(io.RawIOBase):
     def __init__(self, sock: Any, deadline: float) -> None:
         self._sock = sock
         self._deadline = deadline
-        # This stream of the socket also keeps the socket open. http.client
-        # may call sock.close before it reads the body (this is so after
-        # "Connection: close"), and then Python waits with closing it until
-        # the stream is closed, too. The method close does that.
+        # http.client may call sock.close before it has read the body. That
+        # does no harm: Python closes a socket only when all streams that its
+        # makefile has returned are closed, and this one is open until then.
         self._socket_stream = sock.makefile("rb", buffering=0)
 
     def makefile(self, mode: str) -> io.BufferedReader:
@@ -850,7 +856,7 @@ class _ResponseStream(io.RawIOBase):
         return True
 
     def readinto(self, buffer: Any) -> int:
-        """Read bytes into the buffer, and return how many they are."""
+        """Read bytes into the buffer, and return their number."""
         remaining = self._deadline - time.monotonic()
         if remaining <= 0:
             raise TimeoutError("timed out")
@@ -866,12 +872,12 @@ class _ResponseStream(io.RawIOBase):
 
 
 def _set_response_timeout(connection: Any, timeout: float) -> None:
-    """Set the timeout for each response of a connection as a whole.
+    """Limit the total time of each later response on a connection.
 
-    The time starts when http.client begins to wait for the response.
+    http.client makes a response by calling response_class(sock, ...) when it
+    begins to wait for the response. So the time starts then.
     """
 
-    # http.client will call this in place of its HTTPResponse(sock, ...).
     def make_response(
         sock: Any, *args: Any, **options: Any
     ) -> http.client.HTTPResponse:
@@ -953,7 +959,7 @@ def _new_connection(
 def _connect(request: Request, timeout: float) -> http.client.HTTPConnection:
     """Return an open connection to the host of a request."""
     connection = _new_connection(request, timeout)
-    # connection.connect already reads a response if there is a proxy.
+    # Set this now, because with a proxy, connect already reads a response.
     _set_response_timeout(connection, timeout)
     try:
         connection.connect()
@@ -971,8 +977,8 @@ class _Idle(NamedTuple):
 class _IdleConnections(Dict[Any, _Idle]):
     """The idle connections of one thread, by origin.
 
-    It is a dict that closes its connections when its thread, or Python, ends.
-    Otherwise Python would close them with a ResourceWarning.
+    Nothing else refers to this dict, so __del__ is called when the thread, or
+    Python, ends. Closing the connections avoids a ResourceWarning.
     """
 
     def __del__(self) -> None:
@@ -981,7 +987,7 @@ class _IdleConnections(Dict[Any, _Idle]):
 
 
 class _ThreadConnections(threading.local):
-    """Has by_origin, which is a different object in each thread."""
+    """Its by_origin holds the idle connections of the current thread."""
 
     def __init__(self) -> None:
         # threading.local calls this once in each thread.
@@ -994,8 +1000,8 @@ _connections = _ThreadConnections()
 def _is_stale(sock: Any) -> bool:
     """Return whether an idle connection must not be used again.
 
-    Nothing should arrive on it. If it can be read, the server has closed it,
-    or has sent bytes that belong to no request.
+    Nothing should arrive on an idle connection. If there is something to
+    read, the server has closed it, or has sent bytes that answer no request.
     """
     # TLS may hold decrypted bytes, which a selector cannot see.
     if hasattr(sock, "pending") and sock.pending():
@@ -1044,21 +1050,22 @@ def _has_length_header(response: http.client.HTTPResponse) -> bool:
     return len(declared) == 1
 
 
-def _read_packed_body(response: http.client.HTTPResponse) -> bytes:
-    """Return the body before unpacking."""
+def _read_raw_body(response: http.client.HTTPResponse) -> bytes:
+    """Return the body as it was received, perhaps compressed."""
     has_length = _has_length_header(response)
     body = bytearray()
     try:
-        # read1 returns what has arrived, and b"" at the end of the body. (The
-        # method read would lose what it has received when it raises.)
+        # read1 returns what has arrived, and b"" at the end of the body. (If
+        # read raised an error, the bytes received so far would be lost.)
         part = response.read1(65536)
         while part:
             body += part
             _check_size(body)
             part = response.read1(65536)
     except EOFError:  # The server has closed the connection.
-        # With a length header, the body was cut off. Without one, the body is
-        # either complete or cut off, which is good enough only for an error.
+        # With a length header, the body was cut off. Without one, nobody can
+        # tell whether it is complete. Return such a body only if the status
+        # is an error, because half a result could be taken for a whole one.
         if has_length or not _is_error(response.status):
             raise
     return bytes(body)
@@ -1066,17 +1073,17 @@ def _read_packed_body(response: http.client.HTTPResponse) -> bytes:
 
 def _read_body(response: http.client.HTTPResponse) -> bytes:
     """Return the unpacked body; raise an error if it cannot be read."""
-    packed = _read_packed_body(response)
+    raw_body = _read_raw_body(response)
     encodings = response.headers.get_all("Content-Encoding", ["identity"])
     encoding = ", ".join(encodings).strip().lower()
     if encoding == "identity":
-        return packed
+        return raw_body
     if encoding != "gzip" or _ACCEPT_ENCODING != "gzip":
         raise http.client.HTTPException(
             f"Content-Encoding {encoding} is not supported"
         )
-    with gzip.GzipFile(fileobj=io.BytesIO(packed)) as file:
-        # Ask for one byte too many: if it comes, _check_size raises.
+    with gzip.GzipFile(fileobj=io.BytesIO(raw_body)) as file:
+        # Ask for one byte more than allowed: if it comes, _check_size raises.
         body = file.read(MAX_BODY + 1)
     _check_size(body)
     return body
@@ -1085,7 +1092,8 @@ def _read_body(response: http.client.HTTPResponse) -> bytes:
 def _receive(connection: http.client.HTTPConnection) -> Response:
     """Return the response to a request that was sent.
 
-    The body is b"" if it cannot be read and the status is not 2xx.
+    If the body cannot be read, raise an error if the status is 2xx; otherwise
+    return b"" as the body.
     """
     with connection.getresponse() as response:
         if response.status < 200:  # http.client itself skips only 100.
@@ -1097,8 +1105,8 @@ def _receive(connection: http.client.HTTPConnection) -> Response:
         except Exception:
             if not _is_error(response.status):
                 raise
-            # Return the status without the body. The rest of the body could
-            # be taken for the next response, so the connection is not kept.
+            # Return only the status. Close the connection, because the rest
+            # of the body could be taken for the next response.
             connection.close()
             body = b""
     return Response(response.status, response.headers, body)
@@ -1109,7 +1117,8 @@ def _send_and_receive(
 ) -> Response:
     """Send a request once and return its response."""
     try:
-        # A kept connection still has the timeouts of the last request.
+        # A kept connection still has the timeouts of the last request, so set
+        # both again.
         connection.sock.settimeout(timeout)  # for sending
         _set_response_timeout(connection, timeout)
         connection.request(
@@ -1123,9 +1132,9 @@ def _send_and_receive(
         connection.close()  # A late response must not reach the next request.
         raise
     if response.status == 408:
-        # Some servers send 408 on an idle connection. If this 408 was sent
-        # before our request arrived, the real response may still come, and
-        # the next request must not receive it.
+        # A server may send 408 because the connection was idle. If that 408
+        # and our request have crossed, the real response may still come.
+        # Close the connection, so that the next request cannot receive it.
         connection.close()
     return response
 
@@ -1145,13 +1154,13 @@ def send(request: Request, *, timeout: float = DEFAULT_TIMEOUT) -> Response:
 
     The response may have any status. If the status is not 2xx, the body may
     be cut off, or empty if it cannot be read. timeout is in seconds, for each
-    of three steps: connecting (once for each address of the host, and once
-    more for a proxy), sending, and receiving the whole response. Looking up
-    the name of the host has no timeout.
+    step: to connect to each address of the host, to get a tunnel from a
+    proxy, to begin TLS, to send, and to receive the whole response. Looking
+    up the name of the host has no timeout.
 
     Raises NotSentError or UnknownOutcomeError. Raises ValueError if timeout
     is not a number above 0 and up to 86400 (a day). A KeyboardInterrupt is
-    not converted; after it, too, the request may have been executed.
+    passed on as it is; after it, too, the request may have been executed.
     """
     _check_timeout(timeout)
     # The process is part of the origin, so that a forked child does not use
@@ -1191,9 +1200,9 @@ def _result(request: Request, response: Response) -> Any:
     """Return the decoded body of a response, or raise a BPXError."""
     try:
         body = _decode(response.body)
-    except MemoryError as error:  # Only this can still happen in _decode.
-        # The request was sent, so raise a BPXError: for callers such as main,
-        # any other exception means that nothing was sent.
+    except MemoryError as error:  # _decode handles all other errors.
+        # The request was sent, so raise a BPXError. Any other exception would
+        # tell the caller that nothing was sent.
         raise UnknownOutcomeError(request, _describe(error)) from error
     if _is_error(response.status):
         raise APIError(request, response.status, body, response.headers)
@@ -1302,8 +1311,8 @@ def _redirect_to_null_device(descriptor: int) -> None:
     """Make a file descriptor discard what is written to it.
 
     Call this after a write to a standard stream has failed. The text is still
-    in the buffer of the stream, and Python tries to write it again when it
-    ends. A second failure would change the exit status to 120.
+    in the buffer of the stream, and at its end Python tries again to write
+    it. A second failure would change the exit status to 120.
     """
     null_device = os.open(os.devnull, os.O_WRONLY)
     os.dup2(null_device, descriptor)
@@ -1315,7 +1324,7 @@ def _exit(status: int, message: str) -> NoReturn:
     try:
         if sys.stderr is not None:  # None if it was closed
             print(line, file=sys.stderr, flush=True)
-    except OSError:
+    except (OSError, ValueError):  # ValueError means that it was closed.
         _redirect_to_null_device(_STANDARD_ERROR)
     sys.exit(status)
 
@@ -1324,11 +1333,7 @@ class _ArgumentParser(argparse.ArgumentParser):
     """A parser that reports an error in one line."""
 
     def error(self, message: str) -> NoReturn:
-        # Do not show long words, because they could be keys.
-        words = [
-            word if len(word) < _KEY_LENGTH else "(a long text)"
-            for word in message.split()
-        ]
+        words = [_hide_long(word) for word in message.split()]
         _exit(2, f"{' '.join(words)}; usage: {_USAGE}")
 
 
@@ -1395,19 +1400,22 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
 def _unique_names(pairs: List[Tuple[str, Any]]) -> Dict[str, Any]:
     """Return the dict of these pairs; raise if a name is repeated.
 
-    dict(pairs) would silently keep the last value. json.loads would, too, so
-    this function is passed to it as object_pairs_hook.
+    dict(pairs) and json.loads silently keep the last value. So _read_json
+    passes this function to json.loads as object_pairs_hook.
     """
     mapping = {}
     for name, value in pairs:
         if name in mapping:
-            raise ValueError(f"pass the name {_quote(name)} only once")
+            raise ValueError(f"pass the name {_hide_long(name)!r} only once")
         mapping[name] = value
     return mapping
 
 
 def _read_json(source: str, text: Union[str, bytes]) -> Any:
-    """Return decoded JSON; raise ValueError if an object repeats a name."""
+    """Return decoded JSON; raise ValueError if an object repeats a name.
+
+    source says where the JSON stands, for error messages.
+    """
     try:
         return json.loads(text, object_pairs_hook=_unique_names)
     except (ValueError, RecursionError) as error:
@@ -1422,10 +1430,12 @@ def _read_pair(pair: str) -> Tuple[str, Any]:
     is_json = name.endswith(":")
     if is_json:
         name = name[:-1]
-    # A key that is passed here by mistake looks like a long name with an
-    # empty text, because it ends with "=". Refuse it, so that it is not sent.
+    # A secret key ends with "=". If it is passed here by mistake, it looks
+    # like a long name with an empty text. Refuse it, so that it is not sent.
     if not name or not separator or len(name) >= _KEY_LENGTH:
-        raise ValueError(f"pass name=text or name:=json, not {_quote(pair)}")
+        raise ValueError(
+            f"pass name=text or name:=json, not {_hide_long(pair)!r}"
+        )
     value = _read_json(name, text) if is_json else text
     return name, value
 
@@ -1454,16 +1464,17 @@ def _read_secret_key(args: argparse.Namespace) -> Optional[str]:
     return os.environ["BPX_SECRET_KEY"]
 
 
-def _dry_run(args: argparse.Namespace) -> str:
+def _dry_run(
+    args: argparse.Namespace, params: Any, secret_key: Optional[str]
+) -> str:
     """Return the text of the request that would be sent."""
     _check_timeout(args.timeout)
-    params = _read_params(args)
     timestamp = time.time_ns() // 1_000_000
     built = build_request(
         args.method,
         args.path,
         params,
-        secret_key=_read_secret_key(args),
+        secret_key=secret_key,
         instruction=args.instruction,
         timestamp=timestamp,
         window=args.window,
@@ -1485,48 +1496,24 @@ def _dry_run(args: argparse.Namespace) -> str:
     return "\n".join(lines)
 
 
-def _run(args: argparse.Namespace) -> Any:
-    """Send the request and return the decoded body of its response."""
-    return request(
-        args.method,
-        args.path,
-        _read_params(args),
-        secret_key=_read_secret_key(args),
-        instruction=args.instruction,
-        window=args.window,
-        base_url=args.base_url,
-        timeout=args.timeout,
-    )
+def _run(
+    args: argparse.Namespace, params: Any, secret_key: Optional[str]
+) -> Any:
+    """Send the request and return the decoded body of its response.
 
-
-def _print(result: Any, is_dry_run: bool) -> None:
-    """Print a result, or exit with a status as in --help if that fails.
-
-    If a pipe was closed by its reader (such as head), that is no failure.
+    If that fails, exit with one of the statuses that --help lists.
     """
     try:
-        text = result if is_dry_run else json.dumps(result, indent=2)
-        if sys.stdout is None:  # print would do nothing.
-            raise OSError("standard output is closed")
-        print(text, flush=True)
-    except BrokenPipeError:
-        _redirect_to_null_device(_STANDARD_OUTPUT)
-    except (Exception, KeyboardInterrupt) as error:
-        _redirect_to_null_device(_STANDARD_OUTPUT)
-        status = 2 if is_dry_run else 4  # 4, because the request was sent
-        _exit(status, f"cannot print: {_describe(error)}")
-
-
-def main(argv: Optional[Sequence[str]] = None) -> None:
-    """Run the command line; if it fails, exit with a status as in --help.
-
-    argv is a list of str, by default sys.argv[1:]. If printing fails, standard
-    output is redirected to the null device for the rest of the process.
-    """
-    # Intermixed: options may stand between the parameters.
-    args = _make_parser().parse_intermixed_args(argv)
-    try:
-        result = _dry_run(args) if args.dry_run else _run(args)
+        return request(
+            args.method,
+            args.path,
+            params,
+            secret_key=secret_key,
+            instruction=args.instruction,
+            window=args.window,
+            base_url=args.base_url,
+            timeout=args.timeout,
+        )
     except NotSentError as error:
         _exit(3, f"{_describe(error)} (nothing was sent)")
     except BPXError as error:
@@ -1534,12 +1521,50 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
             _exit(4, f"{_describe(error)} (it may have been executed)")
         _exit(1, _describe(error))
     except KeyboardInterrupt:
-        if args.dry_run:
-            _exit(2, "interrupted (nothing was sent)")
         _exit(4, "interrupted (the request may have been executed)")
     except Exception as error:
         # It is not a BPXError, so it was raised before sending began.
         _exit(2, _describe(error))
+
+
+def _print(result: Any, is_dry_run: bool) -> None:
+    """Print a result. If that fails, exit with 4, or after a dry run with 2.
+
+    A pipe that was closed by its reader (such as head) is not a failure.
+    """
+    try:
+        text = result if is_dry_run else json.dumps(result, indent=2)
+        if sys.stdout is None:  # print would lose the text without an error.
+            raise OSError("standard output is closed")
+        print(text, flush=True)
+    except BrokenPipeError:
+        _redirect_to_null_device(_STANDARD_OUTPUT)
+    except (Exception, KeyboardInterrupt) as error:
+        _redirect_to_null_device(_STANDARD_OUTPUT)
+        # The request was already sent, except in a dry run.
+        status = 2 if is_dry_run else 4
+        _exit(status, f"cannot print: {_describe(error)}")
+
+
+def main(argv: Optional[Sequence[str]] = None) -> None:
+    """Run the command line; if it fails, exit with a status that --help lists.
+
+    argv is a list of str, by default sys.argv[1:]. If printing fails, standard
+    output is redirected to the null device for the rest of the process.
+    """
+    # parse_intermixed_args allows options between the parameters.
+    args = _make_parser().parse_intermixed_args(argv)
+    try:
+        params = _read_params(args)
+        secret_key = _read_secret_key(args)
+        if args.dry_run:
+            result: Any = _dry_run(args, params, secret_key)
+    except KeyboardInterrupt:
+        _exit(2, "interrupted (nothing was sent)")
+    except Exception as error:
+        _exit(2, _describe(error))
+    if not args.dry_run:
+        result = _run(args, params, secret_key)
     _print(result, args.dry_run)
 
 

@@ -346,6 +346,9 @@ BAD_PARAMS = [
     ({"l": ["a", ["SPOT"]]}, "params.l[1]" + IN_LIST.format("list")),
     ({"l": [("SPOT",)]}, "params.l[0]" + IN_LIST.format("tuple")),
     ({"l": [{}]}, "params.l[0]" + IN_LIST.format("dict")),
+    ({"k" * 42: 0.1}, "params." + "k" * 42 + FLOAT.format("0.1")),
+    ({GUIDE_KEY: 0.1}, "params.(a long text)" + FLOAT.format("0.1")),
+    ({"k" * 42 + "\ud800": 0.1}, "params, name '(a long text)'" + UTF_8),
     ({1: "x"}, "params" + NAMES + "1"),
     ({None: "x"}, "params" + NAMES + "NoneType"),
     ({"info": {b"x": 1}}, "params.info" + NAMES + "bytes"),
@@ -401,7 +404,7 @@ BAD_KEYS = [
     ([GUIDE_KEY], "secret_key: pass a str, not list"),
     (5, "secret_key: pass a str, not int"),
 ]
-LONG = "a text of {} characters"
+LONG = "'(a long text)'"
 METHOD = "method: pass a word, such as 'GET', not "
 URL_AS_PATH = "path: pass only the path of the URL, such as '/api/v1/order'; pass the scheme and host as base_url"
 QUERY_IN_PATH = "path: pass the query as params, not within "
@@ -420,7 +423,7 @@ BAD_REQUESTS = [
     ({"method": "GET /"}, METHOD + "'GET /'"),
     ({"method": "GET\n"}, METHOD + "'GET\\n'"),
     ({"method": ""}, METHOD + "''"),
-    ({"method": GUIDE_KEY}, METHOD + LONG.format(44)),
+    ({"method": GUIDE_KEY}, METHOD + LONG),
     ({"method": b"GET"}, "method: pass a str, not bytes"),
     ({"path": "api/v1/order"}, SLASH + "'api/v1/order'"),
     ({"path": "@evil.example/"}, SLASH + "'@evil.example/'"),
@@ -429,9 +432,9 @@ BAD_REQUESTS = [
     ({"path": "https://user:PASSWORD@evil.example/api"}, URL_AS_PATH),
     ({"path": "/api?symbol=SOL"}, QUERY_IN_PATH + "'/api?symbol=SOL'"),
     ({"path": "/api?" + "a" * 37}, QUERY_IN_PATH + repr("/api?" + "a" * 37)),
-    ({"path": "/api?" + "a" * 38}, QUERY_IN_PATH + LONG.format(43)),
-    ({"path": GUIDE_KEY}, SLASH + LONG.format(44)),
-    ({"path": "/" + GUIDE_KEY}, PATH + LONG.format(45)),
+    ({"path": "/api?" + "a" * 38}, QUERY_IN_PATH + LONG),
+    ({"path": GUIDE_KEY}, SLASH + LONG),
+    ({"path": "/" + GUIDE_KEY}, PATH + LONG),
     ({"path": "/api#a"}, PATH + "'/api#a'"),
     ({"path": "/api\n"}, PATH + "'/api\\n'"),
     ({"path": "/api\r\nX: y"}, PATH + "'/api\\r\\nX: y'"),
@@ -492,6 +495,7 @@ BAD_REQUESTS = [
     ({"method": "put"}, NOT_KNOWN.format("PUT /api/v1/order")),
     ({"method": "GET", "params": [{"a": "b"}]}, "params: pass one mapping to GET, not a batch"),
     ({"method": "GET", "params": {"z": 1, "a": {}}}, "params.a" + IN_QUERY),
+    ({"method": "GET", "params": {GUIDE_KEY: {}}}, "params.(a long text)" + IN_QUERY),
 ]
 TIMEOUT = "timeout: pass a number of seconds above 0 and at most 86400, not "
 BAD_TIMEOUTS = [
@@ -2252,14 +2256,14 @@ USAGES = [
     (["GET", "/p", "symbol"], "ValueError: pass name=text or .*, not 'symbol'$"),
     (["GET", "/p", "=5"], "ValueError: pass name=text or .*, not '=5'$"),
     (["GET", "/p", ":=5"], "ValueError: pass name=text or .*, not ':=5'$"),
-    (["GET", "/p", GUIDE_KEY], "ValueError: .*, not a text of 44 characters$"),
-    (["GET", "/p", GUIDE_KEY[:-1]], ".*, not a text of 43 characters$"),
+    (["GET", "/p", GUIDE_KEY], "ValueError: .*, not '.a long text.'$"),
+    (["GET", "/p", GUIDE_KEY[:-1]], ".*, not '.a long text.'$"),
     (["GET", "/p", f"n:={GUIDE_KEY}"], "ValueError: n: this JSON is not valid "),
     (["GET", "/p", "--key", GUIDE_KEY], "unrecognized arguments: --key .a long text.; usage"),
     (["GET", "/p", "--k", "k" * 42], "unrecognized arguments: --k k{42}; usage"),
     (["GET", "/p", "--k", "k" * 43], "unrecognized arguments: --k .a long text.; usage"),
     (["GET", "/p", "k" * 42 + "=", "k" * 42 + "="], "ValueError: pass the name 'k{42}' only once$"),
-    (["GET", "/p", "--json", '{"%s": 1, "%s": 1}' % (GUIDE_KEY, GUIDE_KEY)], ".* the name a text of 44 "),
+    (["GET", "/p", "--json", '{"%s": 1, "%s": 1}' % (GUIDE_KEY, GUIDE_KEY)], ".* the name '.a long text.' only once"),
     (["GET", "/p", f"--window={GUIDE_KEY[:-1]}"], "argument --window: .*a long text"),
     (["POST", "/p", "--json", "null"], "ValueError: --json: pass an object or a list, not null$"),
     (["GET", "/p", "n:=x"], "ValueError: n: this JSON is not valid .JSONDecodeError: "),
@@ -2523,6 +2527,8 @@ class CommandLine(ExchangeCase):
         url = ("--base-url", self.exchange.url)
         text = "bpx.py: cannot print: OSError: standard output is closed\n"
         broken = mock.Mock(write=mock.Mock(side_effect=OSError))
+        closed = io.StringIO()
+        closed.close()
         # Output, errors, options, status, what is printed to the other one,
         # the file descriptor that is redirected.
         for output, errors, options, status, printed, descriptor in [
@@ -2530,6 +2536,7 @@ class CommandLine(ExchangeCase):
             (None, io.StringIO(), ["--dry-run"], 2, text, 1),
             (io.StringIO(), broken, ["--timeout", "0"], 2, "", 2),
             (io.StringIO(), None, ["--timeout", "0"], 2, "", None),
+            (io.StringIO(), closed, ["--timeout", "0"], 2, "", 2),
         ]:
             with self.subTest(options, status=status), mock.patch.multiple(
                 "sys", stdout=output, stderr=errors
@@ -2567,13 +2574,15 @@ class CommandLine(ExchangeCase):
             (SystemExit(7), (7, "", "")),
             (MemoryError, (2, "", "bpx.py: MemoryError:\n")),
         ]:
-            for name in ("bpx.request", "json.loads"):
-                with mock.patch(name, side_effect=error):
-                    self.assertEqual(self.main("POST", "/p", "a:=1"), found)
-        with mock.patch("json.loads", side_effect=KeyboardInterrupt):
-            found = self.main("POST", "/p", "a:=1", "--dry-run")
-        text = "bpx.py: interrupted (nothing was sent)\n"
-        self.assertEqual(found, (2, "", text))
+            with mock.patch("bpx.request", side_effect=error):
+                self.assertEqual(self.main("POST", "/p", "a:=1"), found)
+            if error is KeyboardInterrupt:
+                text = "bpx.py: interrupted (nothing was sent)\n"
+                found = (2, "", text)
+            with mock.patch("json.loads", side_effect=error):
+                self.assertEqual(self.main("POST", "/p", "a:=1"), found)
+                options = ("a:=1", "--dry-run")
+                self.assertEqual(self.main("POST", "/p", *options), found)
         with mock.patch("json.dumps", side_effect=SystemExit(7)):
             self.assertEqual(self.main("GET", "/p"), (7, "", ""))
 
