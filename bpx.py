@@ -30,7 +30,7 @@ window=5000
 
 This secret key is the example in the exchange's Python guide.
 
-After the error classes, the file has six parts. Each uses only what is above:
+After the error classes come six parts. Each uses only the parts before it:
 
 1. canonical_string returns the text that is signed.
 2. sign_request returns the headers with the signature of that text.
@@ -75,9 +75,9 @@ from urllib.request import Request
 try:
     import gzip
 except ImportError:  # Some Pythons are built without zlib.
-    _ACCEPT_ENCODING = "identity"  # send asks for an uncompressed body
+    _ACCEPT_ENCODING = "identity"  # Ask for bodies without compression.
 else:
-    _ACCEPT_ENCODING = "gzip"  # send asks for a compressed body
+    _ACCEPT_ENCODING = "gzip"  # Ask for compressed bodies.
 
 __version__ = "1.1.0"
 __all__ = [
@@ -110,7 +110,7 @@ DEFAULT_WINDOW = 5000  # milliseconds for which a signed request is valid
 MAX_WINDOW = 60000  # milliseconds, the exchange's limit
 DEFAULT_TIMEOUT = 10.0  # seconds for each step: to connect, send and receive
 MAX_IDLE = 15.0  # seconds after which an idle connection is not used again
-MAX_BODY = 16 * 1024 * 1024  # bytes of a body, before and after unpacking
+MAX_BODY = 16 * 1024 * 1024  # bytes; the limit for a body, also unpacked
 
 _KEY_LENGTH = 43  # characters of a key in base64, without the "=" at its end
 
@@ -199,7 +199,7 @@ class BPXError(Exception):
         self.reason = reason
 
     def __str__(self) -> str:
-        path = self.request.selector.partition("?")[0]
+        path = self.request.selector.partition("?")[0]  # without the query
         text = f"{self.request.get_method()} {path}: {self.reason}"
         return _one_line(text)
 
@@ -232,7 +232,7 @@ class APIError(BPXError):
         # a dict would make the text long and hard to read.)
         for field in (self.code, self.message):
             if isinstance(field, (str, int, float)):
-                reason += f" {field}"
+                reason += " " + str(field)[:300]
         super().__init__(request, reason)
         # pickle rebuilds an error by calling APIError(*args). BPXError has set
         # args to (request, reason), which do not fit this __init__.
@@ -259,7 +259,7 @@ class UnknownOutcomeError(BPXError):
 
 
 def _one_line(text: str) -> str:
-    """Return at most 300 characters, as one line of printable characters."""
+    """Return the first 300 characters of a text as one printable line."""
     printable = [c if c.isprintable() else " " for c in text[:300]]
     return " ".join("".join(printable).split())
 
@@ -298,8 +298,8 @@ def _check_str(value: Any, place: str) -> None:
 # int and bool, and every None is left out. What is signed and what is sent
 # are both made from the normalized values, so they always agree.
 # Subclasses of str, int and Decimal are converted to the plain type, because
-# a subclass may have another __str__. In all these functions, place says where
-# a value stands, for error messages: params[0].price, for example.
+# a subclass may have another __str__. The argument place of these functions is
+# the position of a value for error messages, such as params[0].price.
 
 # Writes the JSON of a request's body, and of mappings in the canonical string.
 _JSON_ENCODER = json.JSONEncoder(
@@ -308,9 +308,9 @@ _JSON_ENCODER = json.JSONEncoder(
 
 
 def _normalize_params(params: Any) -> List[Dict[str, Any]]:
-    """Return a list of normalized mappings.
+    """Return the normalized params as a list of mappings.
 
-    It has one for each order of a batch, or exactly one if params is no batch.
+    The list has one mapping for each order of a batch, or else exactly one.
     """
     try:
         if isinstance(params, (list, tuple)):
@@ -321,10 +321,12 @@ def _normalize_params(params: Any) -> List[Dict[str, Any]]:
         else:
             mapping = {} if params is None else params
             mappings = [_normalize_mapping(mapping, "params")]
-    except RecursionError:  # a subclass of RuntimeError, so it must be first
+    except RecursionError:  # It must come before its base class RuntimeError.
         raise ValueError("params: pass fewer levels of nesting") from None
     except RuntimeError as error:  # Another thread has changed a mapping.
-        raise ValueError(f"params: pass a copy, because {error}") from None
+        raise ValueError(
+            f"params: pass a copy that no other thread changes ({error})"
+        ) from None
     if not mappings:
         raise ValueError("params: pass at least one order in a batch")
     return mappings
@@ -339,8 +341,8 @@ def _normalize_mapping(mapping: Any, place: str) -> Dict[str, Any]:
         )
     normalized = {}
     for name, value in mapping.items():
-        # The calls convert subclasses and refuse surrogates. A plain ASCII
-        # str needs neither, and skipping the calls makes signing 10 % faster.
+        # A plain ASCII str is already normalized. Not calling the functions
+        # for it makes signing 10 % faster.
         if not (type(name) is str and name.isascii()):
             name = _normalize_name(name, place)
         if not (type(value) is str and value.isascii()):
@@ -432,9 +434,8 @@ def _name_value_pairs(mapping: Dict[str, Any]) -> List[Tuple[str, str]]:
     pairs = []
     for name in sorted(mapping):
         value = mapping[name]
-        if isinstance(
-            value, str
-        ):  # Faster than _value_text, with the same result.
+        if isinstance(value, str):
+            # Faster than _value_text, with the same result.
             pairs.append((name, value))
         elif isinstance(value, list):
             # The exchange does not document how a list is signed. This
@@ -456,7 +457,7 @@ def _value_text(value: Any) -> str:
         return str(value)
     # The exchange does not document how a mapping is signed. This
     # implementation assumes compact JSON, because the exchange's Rust client
-    # signs each value as JSON, and only a string without its quotes.
+    # signs every value as JSON, except that a string has no quotes.
     return _JSON_ENCODER.encode(value)
 
 
@@ -531,8 +532,8 @@ def _from_base64(text: str) -> Optional[bytes]:
         data = base64.b64decode(text)
     except ValueError:
         return None
-    # b64decode skips characters that are not base64. If it has skipped any,
-    # encoding the data again does not give the same text.
+    # b64decode skips characters that are not base64. To detect that, encode
+    # the data again and compare.
     return data if _to_base64(data) == text else None
 
 
@@ -741,7 +742,7 @@ def _check_key_presence(
 
 
 def _query(content: Any) -> str:
-    """Return the query of a GET with its "?", or "" if it has no parameters.
+    """Return "?" and the query of a GET, or "" if there are no parameters.
 
     content is the normalized params: a mapping, or a list for a batch.
     """
@@ -791,7 +792,7 @@ def build_request(
     if instruction is not None:
         signed = _sign(instruction, mappings, secret_key, timestamp, window)
         all_headers.update(signed)
-    # Send the list if params is a batch, and otherwise the only mapping.
+    # A batch is sent as a list, and anything else as one mapping.
     content = mappings if isinstance(params, (list, tuple)) else mappings[0]
     if method == "GET":
         return Request(url + _query(content), headers=all_headers)
@@ -827,25 +828,24 @@ class Response(NamedTuple):
 class _ResponseStream(io.RawIOBase):
     """Stands in for the socket while http.client reads one response.
 
-    http.client only calls makefile, as it does with a socket. makefile
-    returns a BufferedReader, which calls readinto, which reads from the
-    socket:
+    http.client calls makefile, and then reads through this chain:
 
         HTTPResponse -> BufferedReader -> _ResponseStream -> socket
 
-    Compared with a socket, this class adds two things:
+    This class adds two things to the socket:
     - A deadline for the whole response. The timeout of a socket covers only
       one read, so a slow server could make a response last forever.
-    - An EOFError if the server closes the connection. Without it, http.client
-      would accept headers that were cut off as if they were complete.
+    - An EOFError if the server closes the connection. http.client itself
+      takes the end of the data for the end of the headers, and so would
+      accept headers that were cut off.
     """
 
     def __init__(self, sock: Any, deadline: float) -> None:
         self._sock = sock
         self._deadline = deadline
-        # http.client may call sock.close before it has read the body. That
-        # does no harm: Python closes a socket only when all streams that its
-        # makefile has returned are closed, and this one is open until then.
+        # Read from a stream of the socket, because http.client may close the
+        # socket before it has read the body. Python then keeps the socket
+        # open until its streams are closed, too.
         self._socket_stream = sock.makefile("rb", buffering=0)
 
     def makefile(self, mode: str) -> io.BufferedReader:
@@ -863,7 +863,7 @@ class _ResponseStream(io.RawIOBase):
         self._sock.settimeout(remaining)
         size: int = self._socket_stream.readinto(buffer)
         if size == 0:
-            raise EOFError("closed before the response was whole")
+            raise EOFError("the server closed before the end of the response")
         return size
 
     def close(self) -> None:
@@ -872,10 +872,11 @@ class _ResponseStream(io.RawIOBase):
 
 
 def _set_response_timeout(connection: Any, timeout: float) -> None:
-    """Limit the total time of each later response on a connection.
+    """Limit the total time of each response that is received from now on.
 
-    http.client makes a response by calling response_class(sock, ...) when it
-    begins to wait for the response. So the time starts then.
+    To receive a response, http.client calls response_class(sock, ...). Here
+    this becomes a function that starts the clock, and passes a
+    _ResponseStream to HTTPResponse in place of sock.
     """
 
     def make_response(
@@ -959,7 +960,7 @@ def _new_connection(
 def _connect(request: Request, timeout: float) -> http.client.HTTPConnection:
     """Return an open connection to the host of a request."""
     connection = _new_connection(request, timeout)
-    # Set this now, because with a proxy, connect already reads a response.
+    # Do this before connect, which reads the response of a proxy.
     _set_response_timeout(connection, timeout)
     try:
         connection.connect()
@@ -977,8 +978,9 @@ class _Idle(NamedTuple):
 class _IdleConnections(Dict[Any, _Idle]):
     """The idle connections of one thread, by origin.
 
-    Nothing else refers to this dict, so __del__ is called when the thread, or
-    Python, ends. Closing the connections avoids a ResourceWarning.
+    Only the thread's _ThreadConnections refers to this dict. So Python deletes
+    it when the thread ends, and __del__ closes the connections. Otherwise
+    Python would show a ResourceWarning.
     """
 
     def __del__(self) -> None:
@@ -987,7 +989,7 @@ class _IdleConnections(Dict[Any, _Idle]):
 
 
 class _ThreadConnections(threading.local):
-    """Its by_origin holds the idle connections of the current thread."""
+    """Has by_origin, which is another _IdleConnections in each thread."""
 
     def __init__(self) -> None:
         # threading.local calls this once in each thread.
@@ -1055,17 +1057,17 @@ def _read_raw_body(response: http.client.HTTPResponse) -> bytes:
     has_length = _has_length_header(response)
     body = bytearray()
     try:
-        # read1 returns what has arrived, and b"" at the end of the body. (If
-        # read raised an error, the bytes received so far would be lost.)
+        # Use read1, not read, which loses what it has received if the server
+        # closes the connection. At the end of the body, read1 returns b"".
         part = response.read1(65536)
         while part:
             body += part
             _check_size(body)
             part = response.read1(65536)
-    except EOFError:  # The server has closed the connection.
-        # With a length header, the body was cut off. Without one, nobody can
-        # tell whether it is complete. Return such a body only if the status
-        # is an error, because half a result could be taken for a whole one.
+    except EOFError:  # from _ResponseStream: the server has closed
+        # With a length header, the body was cut off. Without one, it may be
+        # complete or not. Accept that only of an error status, because half
+        # a result could be taken for a whole one.
         if has_length or not _is_error(response.status):
             raise
     return bytes(body)
@@ -1076,24 +1078,24 @@ def _read_body(response: http.client.HTTPResponse) -> bytes:
     raw_body = _read_raw_body(response)
     encodings = response.headers.get_all("Content-Encoding", ["identity"])
     encoding = ", ".join(encodings).strip().lower()
-    if encoding == "identity":
+    if encoding in ("", "identity"):
         return raw_body
     if encoding != "gzip" or _ACCEPT_ENCODING != "gzip":
         raise http.client.HTTPException(
             f"Content-Encoding {encoding} is not supported"
         )
     with gzip.GzipFile(fileobj=io.BytesIO(raw_body)) as file:
-        # Ask for one byte more than allowed: if it comes, _check_size raises.
+        # One byte more than allowed, for _check_size to see that it is more.
         body = file.read(MAX_BODY + 1)
     _check_size(body)
     return body
 
 
 def _receive(connection: http.client.HTTPConnection) -> Response:
-    """Return the response to a request that was sent.
+    """Receive a response.
 
-    If the body cannot be read, raise an error if the status is 2xx; otherwise
-    return b"" as the body.
+    If its body cannot be read: with a status of 2xx, raise an error; with any
+    other status, return the response with the body b"".
     """
     with connection.getresponse() as response:
         if response.status < 200:  # http.client itself skips only 100.
@@ -1105,8 +1107,8 @@ def _receive(connection: http.client.HTTPConnection) -> Response:
         except Exception:
             if not _is_error(response.status):
                 raise
-            # Return only the status. Close the connection, because the rest
-            # of the body could be taken for the next response.
+            # Return the response without its body. Close the connection,
+            # because the rest of the body could be taken for the next one.
             connection.close()
             body = b""
     return Response(response.status, response.headers, body)
@@ -1117,9 +1119,9 @@ def _send_and_receive(
 ) -> Response:
     """Send a request once and return its response."""
     try:
-        # A kept connection still has the timeouts of the last request, so set
-        # both again.
-        connection.sock.settimeout(timeout)  # for sending
+        # A kept connection still has the timeouts of its last request. Set
+        # the timeout for sending, and the one for the response.
+        connection.sock.settimeout(timeout)
         _set_response_timeout(connection, timeout)
         connection.request(
             request.get_method(),
@@ -1132,9 +1134,9 @@ def _send_and_receive(
         connection.close()  # A late response must not reach the next request.
         raise
     if response.status == 408:
-        # A server may send 408 because the connection was idle. If that 408
-        # and our request have crossed, the real response may still come.
-        # Close the connection, so that the next request cannot receive it.
+        # A server may send 408 to end an idle connection. If it did so just
+        # before this request arrived, the real response may still come. Close
+        # the connection, so that the next request cannot receive it.
         connection.close()
     return response
 
@@ -1154,13 +1156,13 @@ def send(request: Request, *, timeout: float = DEFAULT_TIMEOUT) -> Response:
 
     The response may have any status. If the status is not 2xx, the body may
     be cut off, or empty if it cannot be read. timeout is in seconds, for each
-    step: to connect to each address of the host, to get a tunnel from a
-    proxy, to begin TLS, to send, and to receive the whole response. Looking
-    up the name of the host has no timeout.
+    step: to connect to each address of the host, to begin TLS (together with
+    the tunnel, if there is a proxy), to send, and to receive the whole
+    response. Looking up the name of the host has no timeout.
 
     Raises NotSentError or UnknownOutcomeError. Raises ValueError if timeout
     is not a number above 0 and up to 86400 (a day). A KeyboardInterrupt is
-    passed on as it is; after it, too, the request may have been executed.
+    not converted; after one, the request may have been executed, too.
     """
     _check_timeout(timeout)
     # The process is part of the origin, so that a forked child does not use
@@ -1187,7 +1189,7 @@ def send(request: Request, *, timeout: float = DEFAULT_TIMEOUT) -> Response:
 
 def _decode(body: bytes) -> Any:
     """Return decoded JSON, the text if it is not JSON, or None if empty."""
-    text = body.decode("utf-8-sig", "replace")
+    text = body.decode("utf-8-sig", "replace")  # without a byte order mark
     if not text:
         return None
     try:
@@ -1201,8 +1203,8 @@ def _result(request: Request, response: Response) -> Any:
     try:
         body = _decode(response.body)
     except MemoryError as error:  # _decode handles all other errors.
-        # The request was sent, so raise a BPXError. Any other exception would
-        # tell the caller that nothing was sent.
+        # The request was sent. Callers may take any exception that is not a
+        # BPXError as "nothing was sent", so make this one a BPXError.
         raise UnknownOutcomeError(request, _describe(error)) from error
     if _is_error(response.status):
         raise APIError(request, response.status, body, response.headers)
@@ -1273,9 +1275,9 @@ def patch(path: str, params: Params = None, **options: Any) -> Any:
 
 _USAGE = "bpx.py [options] METHOD PATH [name=text | name:=json]..."
 _EPILOG = """\
-name=text sends a parameter as text. name:=json sends it as a JSON value; null
-leaves it out. Write prices and quantities as text. A request that must be
-signed is signed with the secret key in the environment variable
+name=text sends a parameter as text. name:=json sends it as a JSON value, and
+name:=null leaves it out. Write prices and quantities as text. A request that
+must be signed is signed with the secret key in the environment variable
 BPX_SECRET_KEY. The body of the response is printed as JSON.
 
 example:
@@ -1311,8 +1313,8 @@ def _redirect_to_null_device(descriptor: int) -> None:
     """Make a file descriptor discard what is written to it.
 
     Call this after a write to a standard stream has failed. The text is still
-    in the buffer of the stream, and at its end Python tries again to write
-    it. A second failure would change the exit status to 120.
+    in the buffer of the stream, and when Python exits, it writes the buffer
+    again. If that failed, too, the exit status would become 120.
     """
     null_device = os.open(os.devnull, os.O_WRONLY)
     os.dup2(null_device, descriptor)
@@ -1322,9 +1324,9 @@ def _exit(status: int, message: str) -> NoReturn:
     """Exit with a status and one line on standard error."""
     line = "bpx.py: " + " ".join(message.split())
     try:
-        if sys.stderr is not None:  # None if it was closed
+        if sys.stderr is not None:  # None if it was closed at the start
             print(line, file=sys.stderr, flush=True)
-    except (OSError, ValueError):  # ValueError means that it was closed.
+    except (OSError, ValueError):  # ValueError if it was closed since then
         _redirect_to_null_device(_STANDARD_ERROR)
     sys.exit(status)
 
@@ -1333,6 +1335,7 @@ class _ArgumentParser(argparse.ArgumentParser):
     """A parser that reports an error in one line."""
 
     def error(self, message: str) -> NoReturn:
+        # One of the words could be a key.
         words = [_hide_long(word) for word in message.split()]
         _exit(2, f"{' '.join(words)}; usage: {_USAGE}")
 
@@ -1400,8 +1403,8 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
 def _unique_names(pairs: List[Tuple[str, Any]]) -> Dict[str, Any]:
     """Return the dict of these pairs; raise if a name is repeated.
 
-    dict(pairs) and json.loads silently keep the last value. So _read_json
-    passes this function to json.loads as object_pairs_hook.
+    For a repeated name, dict(pairs) and json.loads silently keep the last
+    value. So _read_json passes this function to json.loads.
     """
     mapping = {}
     for name, value in pairs:
@@ -1528,20 +1531,21 @@ def _run(
 
 
 def _print(result: Any, is_dry_run: bool) -> None:
-    """Print a result. If that fails, exit with 4, or after a dry run with 2.
+    """Print the text of a dry run, or a decoded body as JSON.
 
-    A pipe that was closed by its reader (such as head) is not a failure.
+    If printing fails, exit with 4, because the request was sent; after a dry
+    run, exit with 2. A pipe that was closed by its reader (such as head) is
+    not a failure.
     """
     try:
         text = result if is_dry_run else json.dumps(result, indent=2)
-        if sys.stdout is None:  # print would lose the text without an error.
+        if sys.stdout is None:  # It was closed, so print would do nothing.
             raise OSError("standard output is closed")
         print(text, flush=True)
-    except BrokenPipeError:
+    except BrokenPipeError:  # The reader of the pipe has had enough.
         _redirect_to_null_device(_STANDARD_OUTPUT)
     except (Exception, KeyboardInterrupt) as error:
         _redirect_to_null_device(_STANDARD_OUTPUT)
-        # The request was already sent, except in a dry run.
         status = 2 if is_dry_run else 4
         _exit(status, f"cannot print: {_describe(error)}")
 
