@@ -30,7 +30,7 @@ window=5000
 
 This secret key is the example in the exchange's Python guide.
 
-After the error classes come six parts. Each uses only the parts before it:
+After the error classes come six parts. Each uses only what stands before it:
 
 1. canonical_string returns the text that is signed.
 2. sign_request returns the headers with the signature of that text.
@@ -110,7 +110,7 @@ DEFAULT_WINDOW = 5000  # milliseconds for which a signed request is valid
 MAX_WINDOW = 60000  # milliseconds, the exchange's limit
 DEFAULT_TIMEOUT = 10.0  # seconds for each step: to connect, send and receive
 MAX_IDLE = 15.0  # seconds after which an idle connection is not used again
-MAX_BODY = 16 * 1024 * 1024  # bytes; the limit for a body, also unpacked
+MAX_BODY = 16 * 1024 * 1024  # bytes of a response, packed and unpacked
 
 _KEY_LENGTH = 43  # characters of a key in base64, without the "=" at its end
 
@@ -240,7 +240,7 @@ class APIError(BPXError):
 
 
 class NotSentError(BPXError):
-    """No byte of the request was sent: it is safe to repeat, even an order."""
+    """No byte of the request was sent, so it is safe to repeat an order."""
 
 
 class UnknownOutcomeError(BPXError):
@@ -298,8 +298,8 @@ def _check_str(value: Any, place: str) -> None:
 # int and bool, and every None is left out. What is signed and what is sent
 # are both made from the normalized values, so they always agree.
 # Subclasses of str, int and Decimal are converted to the plain type, because
-# a subclass may have another __str__. The argument place of these functions is
-# the position of a value for error messages, such as params[0].price.
+# a subclass may have another __str__. The argument place says where a value
+# stands, such as params[0].price. Error messages show it.
 
 # Writes the JSON of a request's body, and of mappings in the canonical string.
 _JSON_ENCODER = json.JSONEncoder(
@@ -321,7 +321,7 @@ def _normalize_params(params: Any) -> List[Dict[str, Any]]:
         else:
             mapping = {} if params is None else params
             mappings = [_normalize_mapping(mapping, "params")]
-    except RecursionError:  # It must come before its base class RuntimeError.
+    except RecursionError:  # This is first because RuntimeError is its base.
         raise ValueError("params: pass fewer levels of nesting") from None
     except RuntimeError as error:  # Another thread has changed a mapping.
         raise ValueError(
@@ -341,7 +341,7 @@ def _normalize_mapping(mapping: Any, place: str) -> Dict[str, Any]:
         )
     normalized = {}
     for name, value in mapping.items():
-        # A plain ASCII str is already normalized. Not calling the functions
+        # A plain ASCII str is already normalized. Skipping the two calls below
         # for it makes signing 10 % faster.
         if not (type(name) is str and name.isascii()):
             name = _normalize_name(name, place)
@@ -705,16 +705,15 @@ def _normalize_headers(headers: Any) -> Dict[str, str]:
         is_str = isinstance(name, str)
         if not is_str or not _HEADER_NAME_PATTERN.fullmatch(name):
             raise ValueError("headers: pass names of letters, digits and -")
+        place = f"header {_hide_long(name)}"
         lower_name = str.lower(name)  # also converts a subclass of str
         if lower_name in _RESERVED_HEADERS:
-            raise ValueError(
-                f"header {name}: leave it out, because it is reserved"
-            )
+            raise ValueError(f"{place}: leave it out, because it is reserved")
         if lower_name in normalized:
-            raise ValueError(f"header {name}: pass it only once")
-        _check_str(value, f"header {name}")
+            raise ValueError(f"{place}: pass it only once")
+        _check_str(value, place)
         if not _HEADER_VALUE_PATTERN.fullmatch(value):
-            raise ValueError(f"header {name}: pass printable ASCII text")
+            raise ValueError(f"{place}: pass printable ASCII text")
         normalized[lower_name] = str.__str__(value)  # converts a subclass
     return normalized
 
@@ -777,7 +776,8 @@ def build_request(
     GET sends params in its query, every other method in a JSON body. The
     request is signed if instruction is passed, or found in INSTRUCTIONS; then
     secret_key is required. Otherwise it is public, and secret_key must be
-    None. base_url is https, or http to localhost. headers are not signed.
+    None. base_url is https, or http to localhost. headers are sent, too, but
+    not signed.
     Raises TypeError or ValueError for bad arguments, and ImportError if
     PyNaCl is needed and not installed.
     """
@@ -828,24 +828,25 @@ class Response(NamedTuple):
 class _ResponseStream(io.RawIOBase):
     """Stands in for the socket while http.client reads one response.
 
-    http.client calls makefile, and then reads through this chain:
+    http.client calls makefile, as it would call that of a socket. makefile
+    returns a buffer that reads from this same object:
 
         HTTPResponse -> BufferedReader -> _ResponseStream -> socket
 
     This class adds two things to the socket:
     - A deadline for the whole response. The timeout of a socket covers only
       one read, so a slow server could make a response last forever.
-    - An EOFError if the server closes the connection. http.client itself
-      takes the end of the data for the end of the headers, and so would
-      accept headers that were cut off.
+    - An EOFError if the server closes the connection. Without it, http.client
+      would accept headers that were cut off. (For some bodies, closing is
+      the regular end: see _read_raw_body.)
     """
 
     def __init__(self, sock: Any, deadline: float) -> None:
         self._sock = sock
         self._deadline = deadline
-        # Read from a stream of the socket, because http.client may close the
-        # socket before it has read the body. Python then keeps the socket
-        # open until its streams are closed, too.
+        # http.client may call sock.close before it has read the body. Python
+        # really closes a socket only when every stream that was made from it
+        # is closed, too. So this stream keeps the socket open.
         self._socket_stream = sock.makefile("rb", buffering=0)
 
     def makefile(self, mode: str) -> io.BufferedReader:
@@ -874,9 +875,9 @@ class _ResponseStream(io.RawIOBase):
 def _set_response_timeout(connection: Any, timeout: float) -> None:
     """Limit the total time of each response that is received from now on.
 
-    To receive a response, http.client calls response_class(sock, ...). Here
-    this becomes a function that starts the clock, and passes a
-    _ResponseStream to HTTPResponse in place of sock.
+    To receive a response, http.client calls response_class(sock, ...), which
+    is normally HTTPResponse. Replace it by a function that starts the clock,
+    and calls HTTPResponse with a _ResponseStream in place of sock.
     """
 
     def make_response(
@@ -960,7 +961,7 @@ def _new_connection(
 def _connect(request: Request, timeout: float) -> http.client.HTTPConnection:
     """Return an open connection to the host of a request."""
     connection = _new_connection(request, timeout)
-    # Do this before connect, which reads the response of a proxy.
+    # Do this now, because connect reads a response if there is a proxy.
     _set_response_timeout(connection, timeout)
     try:
         connection.connect()
@@ -978,9 +979,9 @@ class _Idle(NamedTuple):
 class _IdleConnections(Dict[Any, _Idle]):
     """The idle connections of one thread, by origin.
 
-    Only the thread's _ThreadConnections refers to this dict. So Python deletes
-    it when the thread ends, and __del__ closes the connections. Otherwise
-    Python would show a ResourceWarning.
+    Python deletes this dict when its thread ends, because only _connections
+    (below) refers to it. __del__ then closes the connections. Without
+    __del__, Python would show a ResourceWarning.
     """
 
     def __del__(self) -> None:
@@ -989,7 +990,7 @@ class _IdleConnections(Dict[Any, _Idle]):
 
 
 class _ThreadConnections(threading.local):
-    """Has by_origin, which is another _IdleConnections in each thread."""
+    """Its attribute by_origin is a separate object for each thread."""
 
     def __init__(self) -> None:
         # threading.local calls this once in each thread.
@@ -1053,22 +1054,27 @@ def _has_length_header(response: http.client.HTTPResponse) -> bool:
 
 
 def _read_raw_body(response: http.client.HTTPResponse) -> bytes:
-    """Return the body as it was received, perhaps compressed."""
+    """Return the body as it was received, perhaps compressed.
+
+    At the end of a body, read1 returns b"". But if no header tells the length
+    of the body, its end is that the server closes the connection, and
+    _ResponseStream raises EOFError.
+    """
     has_length = _has_length_header(response)
     body = bytearray()
     try:
-        # Use read1, not read, which loses what it has received if the server
-        # closes the connection. At the end of the body, read1 returns b"".
+        # If the server closes, read would lose what it has received.
         part = response.read1(65536)
         while part:
             body += part
             _check_size(body)
             part = response.read1(65536)
-    except EOFError:  # from _ResponseStream: the server has closed
-        # With a length header, the body was cut off. Without one, it may be
-        # complete or not. Accept that only of an error status, because half
-        # a result could be taken for a whole one.
-        if has_length or not _is_error(response.status):
+    except EOFError:
+        if has_length:
+            raise  # The body was cut off.
+        # Nobody can tell whether this body is complete. Half a result must
+        # not be taken for a whole one, so accept only the text of an error.
+        if not _is_error(response.status):
             raise
     return bytes(body)
 
@@ -1085,7 +1091,7 @@ def _read_body(response: http.client.HTTPResponse) -> bytes:
             f"Content-Encoding {encoding} is not supported"
         )
     with gzip.GzipFile(fileobj=io.BytesIO(raw_body)) as file:
-        # One byte more than allowed, for _check_size to see that it is more.
+        # Read one byte more than allowed, so that _check_size notices it.
         body = file.read(MAX_BODY + 1)
     _check_size(body)
     return body
@@ -1108,7 +1114,8 @@ def _receive(connection: http.client.HTTPConnection) -> Response:
             if not _is_error(response.status):
                 raise
             # Return the response without its body. Close the connection,
-            # because the rest of the body could be taken for the next one.
+            # because the rest of the body could be taken for the next
+            # response.
             connection.close()
             body = b""
     return Response(response.status, response.headers, body)
@@ -1119,8 +1126,8 @@ def _send_and_receive(
 ) -> Response:
     """Send a request once and return its response."""
     try:
-        # A kept connection still has the timeouts of its last request. Set
-        # the timeout for sending, and the one for the response.
+        # A kept connection still has the timeouts of its last request, so set
+        # both: the one for sending, and the one for the response.
         connection.sock.settimeout(timeout)
         _set_response_timeout(connection, timeout)
         connection.request(
@@ -1162,7 +1169,7 @@ def send(request: Request, *, timeout: float = DEFAULT_TIMEOUT) -> Response:
 
     Raises NotSentError or UnknownOutcomeError. Raises ValueError if timeout
     is not a number above 0 and up to 86400 (a day). A KeyboardInterrupt is
-    not converted; after one, the request may have been executed, too.
+    passed on as it is. After it, too, the request may have been executed.
     """
     _check_timeout(timeout)
     # The process is part of the origin, so that a forked child does not use
@@ -1203,8 +1210,8 @@ def _result(request: Request, response: Response) -> Any:
     try:
         body = _decode(response.body)
     except MemoryError as error:  # _decode handles all other errors.
-        # The request was sent. Callers may take any exception that is not a
-        # BPXError as "nothing was sent", so make this one a BPXError.
+        # The request was sent. Callers such as _run take any exception that
+        # is not a BPXError for "nothing was sent".
         raise UnknownOutcomeError(request, _describe(error)) from error
     if _is_error(response.status):
         raise APIError(request, response.status, body, response.headers)
@@ -1313,8 +1320,8 @@ def _redirect_to_null_device(descriptor: int) -> None:
     """Make a file descriptor discard what is written to it.
 
     Call this after a write to a standard stream has failed. The text is still
-    in the buffer of the stream, and when Python exits, it writes the buffer
-    again. If that failed, too, the exit status would become 120.
+    in the buffer of the stream, and when Python exits, it tries to write it
+    again. If that failed, too, Python would change the exit status to 120.
     """
     null_device = os.open(os.devnull, os.O_WRONLY)
     os.dup2(null_device, descriptor)
@@ -1450,6 +1457,8 @@ def _read_params(args: argparse.Namespace) -> Any:
     if args.pairs:
         raise ValueError("pass name=text parameters or --json, not both")
     if args.json == "-":
+        if sys.stdin is None:
+            raise ValueError("--json -: standard input is closed")
         params = _read_json("standard input", sys.stdin.buffer.read())
     else:
         params = _read_json("--json", args.json)

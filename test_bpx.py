@@ -485,6 +485,8 @@ BAD_REQUESTS = [
     ({"headers": {"X-\u212a": "b"}}, HEADER_NAMES),
     ({"headers": {5: "b"}}, HEADER_NAMES),
     ({"headers": {"X-A": "1", "x-a": "1"}}, "header x-a: pass it only once"),
+    ({"headers": {"A" * 42: 1}}, f"header {'A' * 42}: pass a str, not int"),
+    ({"headers": {"A" * 43: 1}}, "header (a long text): pass a str, not int"),
     *(({"headers": {name: "5"}}, RESERVED.format(name)) for name in (
         "Accept-Encoding", "Content-Encoding", "content-length", "CONTENT-TYPE", "Host",
         "Transfer-Encoding", "X-API-KEY", "X-Signature", "X-Timestamp", "x-window")),
@@ -2353,6 +2355,10 @@ class CommandLine(ExchangeCase):
         expected = [{"symbol": "é"}, {"symbol": "B"}]
         self.assertEqual(self.exchange.seen[0].body, expected)
         found = self.main("POST", "/api/v1/orders", "--json", "-", stdin=b"{")
+        with mock.patch("io.TextIOWrapper", lambda _: None):
+            closed = self.main("POST", "/p", "--json", "-")
+        text = "bpx.py: ValueError: --json -: standard input is closed\n"
+        self.assertEqual(closed, (2, "", text))
         message = "bpx.py: ValueError: standard input: this JSON is not "
         self.assertEqual((found[0], found[1]), (2, ""))
         self.assertTrue(found[2].startswith(message))
