@@ -110,7 +110,7 @@ DEFAULT_WINDOW = 5000  # milliseconds for which a signed request is valid
 MAX_WINDOW = 60000  # milliseconds, the exchange's limit
 DEFAULT_TIMEOUT = 10.0  # seconds for each step: to connect, send and receive
 MAX_IDLE = 15.0  # seconds after which an idle connection is not used again
-MAX_BODY = 16 * 1024 * 1024  # bytes of a response, packed and unpacked
+MAX_BODY = 16 * 1024 * 1024  # bytes of a body, before and after unpacking
 
 _KEY_LENGTH = 43  # characters of a key in base64, without the "=" at its end
 
@@ -271,7 +271,7 @@ def _describe(error: BaseException) -> str:
 def _number_or_type(value: Any) -> str:
     """Return a number as text, and for any other value the name of its type.
 
-    Error messages show this instead of a bad value, which could be a secret.
+    Error messages show this in place of a bad value, which could be a secret.
     """
     if isinstance(value, (int, float)):
         return repr(value)
@@ -321,7 +321,7 @@ def _normalize_params(params: Any) -> List[Dict[str, Any]]:
         else:
             mapping = {} if params is None else params
             mappings = [_normalize_mapping(mapping, "params")]
-    except RecursionError:  # This is first because RuntimeError is its base.
+    except RecursionError:  # before RuntimeError, which is its base class
         raise ValueError("params: pass fewer levels of nesting") from None
     except RuntimeError as error:  # Another thread has changed a mapping.
         raise ValueError(
@@ -341,8 +341,8 @@ def _normalize_mapping(mapping: Any, place: str) -> Dict[str, Any]:
         )
     normalized = {}
     for name, value in mapping.items():
-        # A plain ASCII str is already normalized. Skipping the two calls below
-        # for it makes signing 10 % faster.
+        # A plain ASCII str is already normalized. It skips the two calls
+        # below, which makes signing 10 % faster.
         if not (type(name) is str and name.isascii()):
             name = _normalize_name(name, place)
         if not (type(value) is str and value.isascii()):
@@ -776,8 +776,8 @@ def build_request(
     GET sends params in its query, every other method in a JSON body. The
     request is signed if instruction is passed, or found in INSTRUCTIONS; then
     secret_key is required. Otherwise it is public, and secret_key must be
-    None. base_url is https, or http to localhost. headers are sent, too, but
-    not signed.
+    None. base_url is https, or http to localhost. headers are additional
+    headers, which are not signed.
     Raises TypeError or ValueError for bad arguments, and ImportError if
     PyNaCl is needed and not installed.
     """
@@ -828,25 +828,28 @@ class Response(NamedTuple):
 class _ResponseStream(io.RawIOBase):
     """Stands in for the socket while http.client reads one response.
 
-    http.client calls makefile, as it would call that of a socket. makefile
-    returns a buffer that reads from this same object:
-
-        HTTPResponse -> BufferedReader -> _ResponseStream -> socket
-
-    This class adds two things to the socket:
+    It adds two things to the socket:
     - A deadline for the whole response. The timeout of a socket covers only
       one read, so a slow server could make a response last forever.
     - An EOFError if the server closes the connection. Without it, http.client
-      would accept headers that were cut off. (For some bodies, closing is
-      the regular end: see _read_raw_body.)
+      would accept headers that were cut off. (_read_raw_body catches it
+      where closing may be the regular end of a body.)
+
+    _set_response_timeout (below) passes this object to HTTPResponse in place
+    of the socket. HTTPResponse does not read a socket directly: it calls
+    makefile, and reads from what that returns. Here this is a BufferedReader
+    on top of this object:
+
+        HTTPResponse -> BufferedReader -> _ResponseStream -> socket
     """
 
     def __init__(self, sock: Any, deadline: float) -> None:
         self._sock = sock
         self._deadline = deadline
-        # http.client may call sock.close before it has read the body. Python
-        # really closes a socket only when every stream that was made from it
-        # is closed, too. So this stream keeps the socket open.
+        # After "Connection: close", http.client calls sock.close before it
+        # reads the body. Python delays the real closing until all streams
+        # from sock.makefile are closed, so _socket_stream keeps the socket
+        # open until the body is read.
         self._socket_stream = sock.makefile("rb", buffering=0)
 
     def makefile(self, mode: str) -> io.BufferedReader:
@@ -961,7 +964,7 @@ def _new_connection(
 def _connect(request: Request, timeout: float) -> http.client.HTTPConnection:
     """Return an open connection to the host of a request."""
     connection = _new_connection(request, timeout)
-    # Do this now, because connect reads a response if there is a proxy.
+    # Do this before connect, which reads a response if there is a proxy.
     _set_response_timeout(connection, timeout)
     try:
         connection.connect()
@@ -979,9 +982,9 @@ class _Idle(NamedTuple):
 class _IdleConnections(Dict[Any, _Idle]):
     """The idle connections of one thread, by origin.
 
-    Python deletes this dict when its thread ends, because only _connections
-    (below) refers to it. __del__ then closes the connections. Without
-    __del__, Python would show a ResourceWarning.
+    _ThreadConnections (below) holds one such dict for each thread. When a
+    thread ends, Python deletes its dict, and __del__ closes the connections.
+    If Python had to close them itself, it would show a ResourceWarning.
     """
 
     def __del__(self) -> None:
@@ -990,7 +993,7 @@ class _IdleConnections(Dict[Any, _Idle]):
 
 
 class _ThreadConnections(threading.local):
-    """Its attribute by_origin is a separate object for each thread."""
+    """Has the attribute by_origin, with a separate dict for each thread."""
 
     def __init__(self) -> None:
         # threading.local calls this once in each thread.
@@ -1056,25 +1059,25 @@ def _has_length_header(response: http.client.HTTPResponse) -> bool:
 def _read_raw_body(response: http.client.HTTPResponse) -> bytes:
     """Return the body as it was received, perhaps compressed.
 
-    At the end of a body, read1 returns b"". But if no header tells the length
-    of the body, its end is that the server closes the connection, and
-    _ResponseStream raises EOFError.
+    A body ends in one of two ways:
+    - A header tells its length. Then read1 returns b"" at the end, and an
+      EOFError means that the body was cut off.
+    - No header tells its length. Then it ends when the server closes the
+      connection, and _ResponseStream raises EOFError.
     """
     has_length = _has_length_header(response)
     body = bytearray()
     try:
-        # If the server closes, read would lose what it has received.
+        # Use read1(), because on EOFError, read() loses what it has received.
         part = response.read1(65536)
         while part:
             body += part
             _check_size(body)
             part = response.read1(65536)
     except EOFError:
-        if has_length:
-            raise  # The body was cut off.
-        # Nobody can tell whether this body is complete. Half a result must
-        # not be taken for a whole one, so accept only the text of an error.
-        if not _is_error(response.status):
+        # Without a length, nobody can tell whether the body is complete. That
+        # is good enough for the text of an error, but not for a result.
+        if has_length or not _is_error(response.status):
             raise
     return bytes(body)
 
@@ -1100,8 +1103,8 @@ def _read_body(response: http.client.HTTPResponse) -> bytes:
 def _receive(connection: http.client.HTTPConnection) -> Response:
     """Receive a response.
 
-    If its body cannot be read: with a status of 2xx, raise an error; with any
-    other status, return the response with the body b"".
+    If its body cannot be read, raise an error if the status is 2xx. With any
+    other status, return the response with an empty body.
     """
     with connection.getresponse() as response:
         if response.status < 200:  # http.client itself skips only 100.
@@ -1141,9 +1144,10 @@ def _send_and_receive(
         connection.close()  # A late response must not reach the next request.
         raise
     if response.status == 408:
-        # A server may send 408 to end an idle connection. If it did so just
-        # before this request arrived, the real response may still come. Close
-        # the connection, so that the next request cannot receive it.
+        # A server may send 408 because a connection is idle. If it was sent
+        # just before this request arrived, it is not the response to this
+        # request, and the real one may still come. Close the connection, so
+        # that the next request cannot receive it.
         connection.close()
     return response
 
@@ -1169,7 +1173,7 @@ def send(request: Request, *, timeout: float = DEFAULT_TIMEOUT) -> Response:
 
     Raises NotSentError or UnknownOutcomeError. Raises ValueError if timeout
     is not a number above 0 and up to 86400 (a day). A KeyboardInterrupt is
-    passed on as it is. After it, too, the request may have been executed.
+    passed on as it is. The request may have been executed then, too.
     """
     _check_timeout(timeout)
     # The process is part of the origin, so that a forked child does not use
@@ -1210,8 +1214,8 @@ def _result(request: Request, response: Response) -> Any:
     try:
         body = _decode(response.body)
     except MemoryError as error:  # _decode handles all other errors.
-        # The request was sent. Callers such as _run take any exception that
-        # is not a BPXError for "nothing was sent".
+        # Raise a BPXError, because callers such as _run assume that after any
+        # other exception nothing was sent.
         raise UnknownOutcomeError(request, _describe(error)) from error
     if _is_error(response.status):
         raise APIError(request, response.status, body, response.headers)
@@ -1299,7 +1303,7 @@ exit status:
   3  NotSentError: there was no connection, so nothing was sent
   4  The exchange may have executed the request. This is the status after an
      UnknownOutcomeError, an APIError with the status 408 or 5xx, an
-     interrupt, or a response that could not be printed.
+     interrupt of the request, or a response that could not be printed.
 """
 _SHOWN_HEADERS = (
     "User-Agent",
@@ -1320,8 +1324,8 @@ def _redirect_to_null_device(descriptor: int) -> None:
     """Make a file descriptor discard what is written to it.
 
     Call this after a write to a standard stream has failed. The text is still
-    in the buffer of the stream, and when Python exits, it tries to write it
-    again. If that failed, too, Python would change the exit status to 120.
+    in the buffer of the stream, and Python tries to write it again at its
+    end. If that failed as well, Python would exit with the status 120.
     """
     null_device = os.open(os.devnull, os.O_WRONLY)
     os.dup2(null_device, descriptor)
@@ -1357,6 +1361,7 @@ def _make_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("method", metavar="METHOD", type=str.upper, help="such as GET")
     add("path", metavar="PATH", help="such as /api/v1/order")
+    # default: without it, argparse calls the parameters required.
     add(
         "pairs", metavar="name=text", nargs="*", default=[], help="a parameter"
     )
@@ -1480,7 +1485,7 @@ def _dry_run(
     args: argparse.Namespace, params: Any, secret_key: Optional[str]
 ) -> str:
     """Return the text of the request that would be sent."""
-    _check_timeout(args.timeout)
+    _check_timeout(args.timeout)  # as a real run would do
     timestamp = time.time_ns() // 1_000_000
     built = build_request(
         args.method,
@@ -1530,7 +1535,9 @@ def _run(
         _exit(3, f"{_describe(error)} (nothing was sent)")
     except BPXError as error:
         if error.outcome_unknown:
-            _exit(4, f"{_describe(error)} (it may have been executed)")
+            _exit(
+                4, f"{_describe(error)} (the request may have been executed)"
+            )
         _exit(1, _describe(error))
     except KeyboardInterrupt:
         _exit(4, "interrupted (the request may have been executed)")

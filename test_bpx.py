@@ -2253,7 +2253,7 @@ exit status:
   3  NotSentError: there was no connection, so nothing was sent
   4  The exchange may have executed the request. This is the status after an
      UnknownOutcomeError, an APIError with the status 408 or 5xx, an
-     interrupt, or a response that could not be printed.
+     interrupt of the request, or a response that could not be printed.
 """
 BOTH_WAYS = "ValueError: pass name=text parameters or --json, not both"
 # fmt: off
@@ -2464,8 +2464,8 @@ class CommandLine(ExchangeCase):
         answer = b'{"code":"C","message":"a\\nb\\u001b[1m"}'
         for status, expected, note in [
             (400, 1, ""),
-            (408, 4, " (it may have been executed)"),
-            (503, 4, " (it may have been executed)"),
+            (408, 4, " (the request may have been executed)"),
+            (503, 4, " (the request may have been executed)"),
         ]:
             self.exchange.answer = (status, {}, answer)
             text = f"bpx.py: APIError: GET /p: {status} C a b [1m{note}\n"
@@ -2480,7 +2480,7 @@ class CommandLine(ExchangeCase):
         self.assertEqual(found[:2], (4, ""))
         text = (
             r"\Abpx\.py: UnknownOutcomeError: GET /p: .* "
-            r"\(it may have been executed\)\n\Z"
+            r"\(the request may have been executed\)\n\Z"
         )
         self.assertRegex(found[2], text)
 
