@@ -298,8 +298,8 @@ def _check_str(value: Any, place: str) -> None:
 # int and bool, and every None is left out. What is signed and what is sent
 # are both made from the normalized values, so they always agree.
 # Subclasses of str, int and Decimal are converted to the plain type, because
-# a subclass may have another __str__. The argument place says where a value
-# stands, such as params[0].price. Error messages show it.
+# a subclass may have another __str__. Most of these functions take a place: a
+# text such as params[0].price, which tells in error messages where a value is.
 
 # Writes the JSON of a request's body, and of mappings in the canonical string.
 _JSON_ENCODER = json.JSONEncoder(
@@ -310,7 +310,7 @@ _JSON_ENCODER = json.JSONEncoder(
 def _normalize_params(params: Any) -> List[Dict[str, Any]]:
     """Return the normalized params as a list of mappings.
 
-    The list has one mapping for each order of a batch, or else exactly one.
+    For a batch, it has one mapping for each order; otherwise exactly one.
     """
     try:
         if isinstance(params, (list, tuple)):
@@ -364,7 +364,7 @@ def _normalize_name(name: Any, place: str) -> str:
 
 def _normalize_value(value: Any, place: str) -> Any:
     """Return a normalized value."""
-    if isinstance(value, Enum):  # First: a member may also be a str or int.
+    if isinstance(value, Enum):  # First, because it may also be a str or int.
         return _normalize_value(value.value, place)
     if value is None or isinstance(value, bool):
         return value
@@ -457,7 +457,7 @@ def _value_text(value: Any) -> str:
         return str(value)
     # The exchange does not document how a mapping is signed. This
     # implementation assumes compact JSON, because the exchange's Rust client
-    # signs every value as JSON, except that a string has no quotes.
+    # signs every value as JSON, but a string without its quotes.
     return _JSON_ENCODER.encode(value)
 
 
@@ -828,28 +828,26 @@ class Response(NamedTuple):
 class _ResponseStream(io.RawIOBase):
     """Stands in for the socket while http.client reads one response.
 
-    It adds two things to the socket:
+    HTTPResponse(sock) only calls sock.makefile, and reads from its result. If
+    sock is a _ResponseStream, the result is a BufferedReader, and the bytes
+    come through this chain:
+
+        HTTPResponse <- BufferedReader <- _ResponseStream <- _socket_stream
+
+    _socket_stream is a plain stream of the socket. This class adds:
     - A deadline for the whole response. The timeout of a socket covers only
       one read, so a slow server could make a response last forever.
     - An EOFError if the server closes the connection. Without it, http.client
-      would accept headers that were cut off. (_read_raw_body catches it
-      where closing may be the regular end of a body.)
-
-    _set_response_timeout (below) passes this object to HTTPResponse in place
-    of the socket. HTTPResponse does not read a socket directly: it calls
-    makefile, and reads from what that returns. Here this is a BufferedReader
-    on top of this object:
-
-        HTTPResponse -> BufferedReader -> _ResponseStream -> socket
+      would accept headers that were cut off. (Some bodies do end in this
+      way; _read_raw_body handles them.)
     """
 
     def __init__(self, sock: Any, deadline: float) -> None:
-        self._sock = sock
+        self._sock = sock  # only to set its timeout
         self._deadline = deadline
         # After "Connection: close", http.client calls sock.close before it
-        # reads the body. Python delays the real closing until all streams
-        # from sock.makefile are closed, so _socket_stream keeps the socket
-        # open until the body is read.
+        # reads the body. But a socket can still be used until all streams
+        # from its makefile are closed.
         self._socket_stream = sock.makefile("rb", buffering=0)
 
     def makefile(self, mode: str) -> io.BufferedReader:
@@ -964,7 +962,7 @@ def _new_connection(
 def _connect(request: Request, timeout: float) -> http.client.HTTPConnection:
     """Return an open connection to the host of a request."""
     connection = _new_connection(request, timeout)
-    # Do this before connect, which reads a response if there is a proxy.
+    # Do this before connect, which reads the response of the proxy, if any.
     _set_response_timeout(connection, timeout)
     try:
         connection.connect()
@@ -1061,9 +1059,10 @@ def _read_raw_body(response: http.client.HTTPResponse) -> bytes:
 
     A body ends in one of two ways:
     - A header tells its length. Then read1 returns b"" at the end, and an
-      EOFError means that the body was cut off.
+      EOFError means that the body was cut off. (The same is true of a
+      response that cannot have a body, such as 204.)
     - No header tells its length. Then it ends when the server closes the
-      connection, and _ResponseStream raises EOFError.
+      connection, so an EOFError may mean the end, or that it was cut off.
     """
     has_length = _has_length_header(response)
     body = bytearray()
@@ -1075,9 +1074,11 @@ def _read_raw_body(response: http.client.HTTPResponse) -> bytes:
             _check_size(body)
             part = response.read1(65536)
     except EOFError:
-        # Without a length, nobody can tell whether the body is complete. That
-        # is good enough for the text of an error, but not for a result.
-        if has_length or not _is_error(response.status):
+        if has_length:
+            raise
+        # The body may be cut off. Accept it as the text of an error, but not
+        # as a result.
+        if not _is_error(response.status):
             raise
     return bytes(body)
 
@@ -1103,7 +1104,7 @@ def _read_body(response: http.client.HTTPResponse) -> bytes:
 def _receive(connection: http.client.HTTPConnection) -> Response:
     """Receive a response.
 
-    If its body cannot be read, raise an error if the status is 2xx. With any
+    If its body cannot be read: for a status of 2xx, raise an error; for any
     other status, return the response with an empty body.
     """
     with connection.getresponse() as response:
@@ -1144,10 +1145,9 @@ def _send_and_receive(
         connection.close()  # A late response must not reach the next request.
         raise
     if response.status == 408:
-        # A server may send 408 because a connection is idle. If it was sent
-        # just before this request arrived, it is not the response to this
-        # request, and the real one may still come. Close the connection, so
-        # that the next request cannot receive it.
+        # A server may send 408 because a connection is idle. Such a 408 may
+        # cross with this request. Then the real response may still come, and
+        # the next request must not receive it.
         connection.close()
     return response
 
@@ -1173,11 +1173,11 @@ def send(request: Request, *, timeout: float = DEFAULT_TIMEOUT) -> Response:
 
     Raises NotSentError or UnknownOutcomeError. Raises ValueError if timeout
     is not a number above 0 and up to 86400 (a day). A KeyboardInterrupt is
-    passed on as it is. The request may have been executed then, too.
+    passed on as it is; after one, too, the request may have been executed.
     """
     _check_timeout(timeout)
-    # The process is part of the origin, so that a forked child does not use
-    # the connections of its parent.
+    # Here the process is part of the origin, so that a forked child does not
+    # use the connections of its parent.
     origin = (os.getpid(), request.type, request.host)
     try:
         connection = _take_idle_connection(origin)
@@ -1214,8 +1214,8 @@ def _result(request: Request, response: Response) -> Any:
     try:
         body = _decode(response.body)
     except MemoryError as error:  # _decode handles all other errors.
-        # Raise a BPXError, because callers such as _run assume that after any
-        # other exception nothing was sent.
+        # The request was sent. Callers such as _run take any exception that
+        # is not a BPXError to mean that nothing was sent.
         raise UnknownOutcomeError(request, _describe(error)) from error
     if _is_error(response.status):
         raise APIError(request, response.status, body, response.headers)
@@ -1324,8 +1324,8 @@ def _redirect_to_null_device(descriptor: int) -> None:
     """Make a file descriptor discard what is written to it.
 
     Call this after a write to a standard stream has failed. The text is still
-    in the buffer of the stream, and Python tries to write it again at its
-    end. If that failed as well, Python would exit with the status 120.
+    in the buffer of the stream, and Python tries to write it again when it
+    exits. If that failed as well, it would exit with the status 120.
     """
     null_device = os.open(os.devnull, os.O_WRONLY)
     os.dup2(null_device, descriptor)
@@ -1361,7 +1361,7 @@ def _make_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("method", metavar="METHOD", type=str.upper, help="such as GET")
     add("path", metavar="PATH", help="such as /api/v1/order")
-    # default: without it, argparse calls the parameters required.
+    # Without default=[], argparse would say that the parameters are required.
     add(
         "pairs", metavar="name=text", nargs="*", default=[], help="a parameter"
     )
@@ -1415,8 +1415,8 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
 def _unique_names(pairs: List[Tuple[str, Any]]) -> Dict[str, Any]:
     """Return the dict of these pairs; raise if a name is repeated.
 
-    For a repeated name, dict(pairs) and json.loads silently keep the last
-    value. So _read_json passes this function to json.loads.
+    dict(pairs) and json.loads would silently keep the last value of a
+    repeated name.
     """
     mapping = {}
     for name, value in pairs:
@@ -1484,7 +1484,7 @@ def _read_secret_key(args: argparse.Namespace) -> Optional[str]:
 def _dry_run(
     args: argparse.Namespace, params: Any, secret_key: Optional[str]
 ) -> str:
-    """Return the text of the request that would be sent."""
+    """Return, as text, the request that would be sent."""
     _check_timeout(args.timeout)  # as a real run would do
     timestamp = time.time_ns() // 1_000_000
     built = build_request(
