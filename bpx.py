@@ -265,7 +265,8 @@ def _one_line(text: str) -> str:
 
 
 def _describe(error: BaseException) -> str:
-    return f"{type(error).__name__}: {error}"
+    name = type(error).__name__
+    return f"{name}: {error}" if str(error) else name
 
 
 def _number_or_type(value: Any) -> str:
@@ -298,8 +299,9 @@ def _check_str(value: Any, place: str) -> None:
 # int and bool, and every None is left out. What is signed and what is sent
 # are both made from the normalized values, so they always agree.
 # Subclasses of str, int and Decimal are converted to the plain type, because
-# a subclass may have another __str__. Most of these functions take a place: a
-# text such as params[0].price, which tells in error messages where a value is.
+# a subclass may have another __str__. Most of these functions have a parameter
+# named place. It is a text such as params[0].price, with which error messages
+# say where the bad value is.
 
 # Writes the JSON of a request's body, and of mappings in the canonical string.
 _JSON_ENCODER = json.JSONEncoder(
@@ -341,8 +343,8 @@ def _normalize_mapping(mapping: Any, place: str) -> Dict[str, Any]:
         )
     normalized = {}
     for name, value in mapping.items():
-        # A plain ASCII str is already normalized. It skips the two calls
-        # below, which makes signing 10 % faster.
+        # A plain ASCII str is already normalized, so do not call the functions
+        # below for it. This makes signing 10 % faster.
         if not (type(name) is str and name.isascii()):
             name = _normalize_name(name, place)
         if not (type(value) is str and value.isascii()):
@@ -457,7 +459,7 @@ def _value_text(value: Any) -> str:
         return str(value)
     # The exchange does not document how a mapping is signed. This
     # implementation assumes compact JSON, because the exchange's Rust client
-    # signs every value as JSON, but a string without its quotes.
+    # signs every value as JSON, except that it removes the quotes of a string.
     return _JSON_ENCODER.encode(value)
 
 
@@ -828,9 +830,9 @@ class Response(NamedTuple):
 class _ResponseStream(io.RawIOBase):
     """Stands in for the socket while http.client reads one response.
 
-    HTTPResponse(sock) only calls sock.makefile, and reads from its result. If
-    sock is a _ResponseStream, the result is a BufferedReader, and the bytes
-    come through this chain:
+    It has two roles. For HTTPResponse it is the socket, of which HTTPResponse
+    only calls makefile. For the BufferedReader that makefile returns, it is
+    the stream to read from. So the bytes come through this chain:
 
         HTTPResponse <- BufferedReader <- _ResponseStream <- _socket_stream
 
@@ -838,16 +840,17 @@ class _ResponseStream(io.RawIOBase):
     - A deadline for the whole response. The timeout of a socket covers only
       one read, so a slow server could make a response last forever.
     - An EOFError if the server closes the connection. Without it, http.client
-      would accept headers that were cut off. (Some bodies do end in this
-      way; _read_raw_body handles them.)
+      would accept headers that were cut off. (Closing the connection is also
+      the regular end of some bodies: _read_raw_body handles that.)
     """
 
     def __init__(self, sock: Any, deadline: float) -> None:
         self._sock = sock  # only to set its timeout
         self._deadline = deadline
-        # After "Connection: close", http.client calls sock.close before it
-        # reads the body. But a socket can still be used until all streams
-        # from its makefile are closed.
+        # This open stream keeps the socket usable. If the response says
+        # "Connection: close", http.client calls sock.close before it reads
+        # the body. Python then closes the socket only when all streams from
+        # its makefile are closed, too.
         self._socket_stream = sock.makefile("rb", buffering=0)
 
     def makefile(self, mode: str) -> io.BufferedReader:
@@ -1057,12 +1060,11 @@ def _has_length_header(response: http.client.HTTPResponse) -> bool:
 def _read_raw_body(response: http.client.HTTPResponse) -> bytes:
     """Return the body as it was received, perhaps compressed.
 
-    A body ends in one of two ways:
-    - A header tells its length. Then read1 returns b"" at the end, and an
-      EOFError means that the body was cut off. (The same is true of a
-      response that cannot have a body, such as 204.)
-    - No header tells its length. Then it ends when the server closes the
-      connection, so an EOFError may mean the end, or that it was cut off.
+    At the end of the body, read1 returns b"" if http.client knows the length:
+    from a header, or because the status allows no body (such as 204). Then an
+    EOFError means that the body was cut off.
+    Otherwise the body ends when the server closes the connection. Then an
+    EOFError is the regular end, but the body may also have been cut off.
     """
     has_length = _has_length_header(response)
     body = bytearray()
@@ -1074,11 +1076,9 @@ def _read_raw_body(response: http.client.HTTPResponse) -> bytes:
             _check_size(body)
             part = response.read1(65536)
     except EOFError:
-        if has_length:
-            raise
-        # The body may be cut off. Accept it as the text of an error, but not
-        # as a result.
-        if not _is_error(response.status):
+        # Without a length, nobody can tell whether the body is complete. Such
+        # a body is good enough for an error message, but not for a result.
+        if has_length or not _is_error(response.status):
             raise
     return bytes(body)
 
@@ -1095,7 +1095,7 @@ def _read_body(response: http.client.HTTPResponse) -> bytes:
             f"Content-Encoding {encoding} is not supported"
         )
     with gzip.GzipFile(fileobj=io.BytesIO(raw_body)) as file:
-        # Read one byte more than allowed, so that _check_size notices it.
+        # Read one byte more than allowed, so that _check_size notices more.
         body = file.read(MAX_BODY + 1)
     _check_size(body)
     return body
@@ -1145,9 +1145,9 @@ def _send_and_receive(
         connection.close()  # A late response must not reach the next request.
         raise
     if response.status == 408:
-        # A server may send 408 because a connection is idle. Such a 408 may
-        # cross with this request. Then the real response may still come, and
-        # the next request must not receive it.
+        # A server may send 408 to an idle connection. If that happens just as
+        # this request is sent, the 408 looks like its response, and the real
+        # response may still follow. The next request must not receive that.
         connection.close()
     return response
 
@@ -1173,7 +1173,7 @@ def send(request: Request, *, timeout: float = DEFAULT_TIMEOUT) -> Response:
 
     Raises NotSentError or UnknownOutcomeError. Raises ValueError if timeout
     is not a number above 0 and up to 86400 (a day). A KeyboardInterrupt is
-    passed on as it is; after one, too, the request may have been executed.
+    not converted; the request may have been executed then, too.
     """
     _check_timeout(timeout)
     # Here the process is part of the origin, so that a forked child does not
@@ -1214,8 +1214,8 @@ def _result(request: Request, response: Response) -> Any:
     try:
         body = _decode(response.body)
     except MemoryError as error:  # _decode handles all other errors.
-        # The request was sent. Callers such as _run take any exception that
-        # is not a BPXError to mean that nothing was sent.
+        # The request was sent, so raise a BPXError. Callers such as _run
+        # assume after any other exception that nothing was sent.
         raise UnknownOutcomeError(request, _describe(error)) from error
     if _is_error(response.status):
         raise APIError(request, response.status, body, response.headers)
@@ -1325,7 +1325,7 @@ def _redirect_to_null_device(descriptor: int) -> None:
 
     Call this after a write to a standard stream has failed. The text is still
     in the buffer of the stream, and Python tries to write it again when it
-    exits. If that failed as well, it would exit with the status 120.
+    exits. If this second write failed, Python would exit with the status 120.
     """
     null_device = os.open(os.devnull, os.O_WRONLY)
     os.dup2(null_device, descriptor)
@@ -1337,7 +1337,7 @@ def _exit(status: int, message: str) -> NoReturn:
     try:
         if sys.stderr is not None:  # None if it was closed at the start
             print(line, file=sys.stderr, flush=True)
-    except (OSError, ValueError):  # ValueError if it was closed since then
+    except (OSError, ValueError):  # ValueError if it was closed later
         _redirect_to_null_device(_STANDARD_ERROR)
     sys.exit(status)
 
@@ -1361,7 +1361,8 @@ def _make_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("method", metavar="METHOD", type=str.upper, help="such as GET")
     add("path", metavar="PATH", help="such as /api/v1/order")
-    # Without default=[], argparse would say that the parameters are required.
+    # Without default=[], the error for a missing METHOD or PATH would name the
+    # parameters, too.
     add(
         "pairs", metavar="name=text", nargs="*", default=[], help="a parameter"
     )
@@ -1429,7 +1430,7 @@ def _unique_names(pairs: List[Tuple[str, Any]]) -> Dict[str, Any]:
 def _read_json(source: str, text: Union[str, bytes]) -> Any:
     """Return decoded JSON; raise ValueError if an object repeats a name.
 
-    source says where the JSON stands, for error messages.
+    source says where the JSON came from; error messages begin with it.
     """
     try:
         return json.loads(text, object_pairs_hook=_unique_names)

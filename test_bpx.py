@@ -1476,7 +1476,7 @@ class Calls(ExchangeCase):
                     self.send("GET", "/p")
             if error is MemoryError:
                 self.assertIsInstance(caught.exception.__cause__, error)
-                self.assertEqual(str(caught.exception), "GET /p: MemoryError:")
+                self.assertEqual(str(caught.exception), "GET /p: MemoryError")
             self.exchange.seen.clear()
 
 
@@ -2567,11 +2567,11 @@ class CommandLine(ExchangeCase):
 
     def test_what_was_sent_is_not_called_untried(self):
         for error, status, text in [
-            (MemoryError, 4, "bpx.py: cannot print: MemoryError:\n"),
+            (MemoryError, 4, "bpx.py: cannot print: MemoryError\n"),
             (
                 KeyboardInterrupt,
                 4,
-                "bpx.py: cannot print: KeyboardInterrupt:\n",
+                "bpx.py: cannot print: KeyboardInterrupt\n",
             ),
             (BrokenPipeError, 0, ""),
         ]:
@@ -2587,7 +2587,7 @@ class CommandLine(ExchangeCase):
         for error, found in [
             (KeyboardInterrupt, (4, "", text)),
             (SystemExit(7), (7, "", "")),
-            (MemoryError, (2, "", "bpx.py: MemoryError:\n")),
+            (MemoryError, (2, "", "bpx.py: MemoryError\n")),
         ]:
             with mock.patch("bpx.request", side_effect=error):
                 self.assertEqual(self.main("POST", "/p", "a:=1"), found)
