@@ -300,8 +300,7 @@ def _check_str(value: Any, place: str) -> None:
 # are both made from the normalized values, so they always agree.
 # Subclasses of str, int and Decimal are converted to the plain type, because
 # a subclass may have another __str__. Most of these functions have a parameter
-# named place. It is a text such as params[0].price, with which error messages
-# say where the bad value is.
+# named place: a text such as params[0].price. Error messages begin with it.
 
 # Writes the JSON of a request's body, and of mappings in the canonical string.
 _JSON_ENCODER = json.JSONEncoder(
@@ -457,9 +456,9 @@ def _value_text(value: Any) -> str:
         return "true" if value else "false"
     if isinstance(value, int):
         return str(value)
-    # The exchange does not document how a mapping is signed. This
-    # implementation assumes compact JSON, because the exchange's Rust client
-    # signs every value as JSON, except that it removes the quotes of a string.
+    # The exchange does not document how a mapping is signed. Its Rust client
+    # signs every value as JSON, but strings without their quotes. So this
+    # implementation assumes that a mapping is signed as compact JSON.
     return _JSON_ENCODER.encode(value)
 
 
@@ -828,34 +827,22 @@ class Response(NamedTuple):
 
 
 class _ResponseStream(io.RawIOBase):
-    """Stands in for the socket while http.client reads one response.
+    """Reads one response from a socket; raises an error in two more cases.
 
-    It has two roles. For HTTPResponse it is the socket, of which HTTPResponse
-    only calls makefile. For the BufferedReader that makefile returns, it is
-    the stream to read from. So the bytes come through this chain:
-
-        HTTPResponse <- BufferedReader <- _ResponseStream <- _socket_stream
-
-    _socket_stream is a plain stream of the socket. This class adds:
-    - A deadline for the whole response. The timeout of a socket covers only
-      one read, so a slow server could make a response last forever.
-    - An EOFError if the server closes the connection. Without it, http.client
-      would accept headers that were cut off. (Closing the connection is also
-      the regular end of some bodies: _read_raw_body handles that.)
+    - TimeoutError after a deadline for the whole response. The timeout of a
+      socket covers only one read, so without a deadline, a slow server could
+      make a response last forever.
+    - EOFError if the server closes the connection. Without it, http.client
+      would accept headers that were cut off. (Some bodies end in this way:
+      _read_raw_body handles them.)
     """
 
-    def __init__(self, sock: Any, deadline: float) -> None:
+    def __init__(
+        self, sock: Any, socket_stream: io.RawIOBase, deadline: float
+    ) -> None:
         self._sock = sock  # only to set its timeout
+        self._socket_stream: Any = socket_stream
         self._deadline = deadline
-        # This open stream keeps the socket usable. If the response says
-        # "Connection: close", http.client calls sock.close before it reads
-        # the body. Python then closes the socket only when all streams from
-        # its makefile are closed, too.
-        self._socket_stream = sock.makefile("rb", buffering=0)
-
-    def makefile(self, mode: str) -> io.BufferedReader:
-        """Return a buffered stream that reads from this one."""
-        return io.BufferedReader(self)
 
     def readable(self) -> bool:
         return True
@@ -881,15 +868,20 @@ def _set_response_timeout(connection: Any, timeout: float) -> None:
 
     To receive a response, http.client calls response_class(sock, ...), which
     is normally HTTPResponse. Replace it by a function that starts the clock,
-    and calls HTTPResponse with a _ResponseStream in place of sock.
+    and returns an HTTPResponse that reads through a _ResponseStream.
     """
 
     def make_response(
         sock: Any, *args: Any, **options: Any
     ) -> http.client.HTTPResponse:
         deadline = time.monotonic() + timeout
-        stream: Any = _ResponseStream(sock, deadline)
-        return http.client.HTTPResponse(stream, *args, **options)
+        response = http.client.HTTPResponse(sock, *args, **options)
+        # response.fp is a buffered stream over a plain stream of the socket.
+        # Put the _ResponseStream between these two.
+        socket_stream = response.fp.detach()
+        stream = _ResponseStream(sock, socket_stream, deadline)
+        response.fp = io.BufferedReader(stream)
+        return response
 
     connection.response_class = make_response
 
@@ -1060,11 +1052,13 @@ def _has_length_header(response: http.client.HTTPResponse) -> bool:
 def _read_raw_body(response: http.client.HTTPResponse) -> bytes:
     """Return the body as it was received, perhaps compressed.
 
-    At the end of the body, read1 returns b"" if http.client knows the length:
-    from a header, or because the status allows no body (such as 204). Then an
-    EOFError means that the body was cut off.
-    Otherwise the body ends when the server closes the connection. Then an
-    EOFError is the regular end, but the body may also have been cut off.
+    It ends in one of three ways:
+    - A header tells its length. At the end, read1 returns b"". An EOFError
+      means that the body was cut off.
+    - The status allows no body (such as 204). Then read1 returns b"" at once.
+    - Otherwise, it ends when the server closes the connection: an EOFError.
+      Nobody can tell whether such a body is complete. It is good enough for
+      an error message, but not for a result.
     """
     has_length = _has_length_header(response)
     body = bytearray()
@@ -1076,8 +1070,6 @@ def _read_raw_body(response: http.client.HTTPResponse) -> bytes:
             _check_size(body)
             part = response.read1(65536)
     except EOFError:
-        # Without a length, nobody can tell whether the body is complete. Such
-        # a body is good enough for an error message, but not for a result.
         if has_length or not _is_error(response.status):
             raise
     return bytes(body)
@@ -1095,7 +1087,8 @@ def _read_body(response: http.client.HTTPResponse) -> bytes:
             f"Content-Encoding {encoding} is not supported"
         )
     with gzip.GzipFile(fileobj=io.BytesIO(raw_body)) as file:
-        # Read one byte more than allowed, so that _check_size notices more.
+        # If the body is too large, one byte over the limit is enough to read:
+        # _check_size then raises an error.
         body = file.read(MAX_BODY + 1)
     _check_size(body)
     return body
@@ -1145,9 +1138,9 @@ def _send_and_receive(
         connection.close()  # A late response must not reach the next request.
         raise
     if response.status == 408:
-        # A server may send 408 to an idle connection. If that happens just as
-        # this request is sent, the 408 looks like its response, and the real
-        # response may still follow. The next request must not receive that.
+        # Do not use the connection again. Most servers close it after a 408.
+        # Others may send the 408 because the connection was idle, and then
+        # receive this request after all: a second response would follow.
         connection.close()
     return response
 
@@ -1166,18 +1159,22 @@ def send(request: Request, *, timeout: float = DEFAULT_TIMEOUT) -> Response:
     """Send a request made by build_request, once; return the response.
 
     The response may have any status. If the status is not 2xx, the body may
-    be cut off, or empty if it cannot be read. timeout is in seconds, for each
-    step: to connect to each address of the host, to begin TLS (together with
-    the tunnel, if there is a proxy), to send, and to receive the whole
-    response. Looking up the name of the host has no timeout.
+    be cut off, or empty if it cannot be read.
+
+    timeout is in seconds. It applies separately to each of these steps:
+    - connect to an address of the host (it may have several)
+    - open the tunnel, if there is a proxy, and begin TLS
+    - send the request
+    - receive the whole response
+    Looking up the addresses of the host has no timeout.
 
     Raises NotSentError or UnknownOutcomeError. Raises ValueError if timeout
     is not a number above 0 and up to 86400 (a day). A KeyboardInterrupt is
     not converted; the request may have been executed then, too.
     """
     _check_timeout(timeout)
-    # Here the process is part of the origin, so that a forked child does not
-    # use the connections of its parent.
+    # The process id is included, so that a forked child does not use the
+    # connections of its parent.
     origin = (os.getpid(), request.type, request.host)
     try:
         connection = _take_idle_connection(origin)
@@ -1213,9 +1210,9 @@ def _result(request: Request, response: Response) -> Any:
     """Return the decoded body of a response, or raise a BPXError."""
     try:
         body = _decode(response.body)
-    except MemoryError as error:  # _decode handles all other errors.
-        # The request was sent, so raise a BPXError. Callers such as _run
-        # assume after any other exception that nothing was sent.
+    except MemoryError as error:  # _decode raises no other exception.
+        # The request was sent, so this must become a BPXError: any other
+        # exception from request means that nothing was sent.
         raise UnknownOutcomeError(request, _describe(error)) from error
     if _is_error(response.status):
         raise APIError(request, response.status, body, response.headers)
@@ -1361,8 +1358,8 @@ def _make_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("method", metavar="METHOD", type=str.upper, help="such as GET")
     add("path", metavar="PATH", help="such as /api/v1/order")
-    # Without default=[], the error for a missing METHOD or PATH would name the
-    # parameters, too.
+    # default=[] makes argparse regard the parameters as optional. Otherwise,
+    # if METHOD or PATH is missing, it would say that they are missing, too.
     add(
         "pairs", metavar="name=text", nargs="*", default=[], help="a parameter"
     )
