@@ -457,8 +457,8 @@ def _value_text(value: Any) -> str:
     if isinstance(value, int):
         return str(value)
     # The exchange does not document how a mapping is signed. Its Rust client
-    # signs every value as JSON, but strings without their quotes. So this
-    # implementation assumes that a mapping is signed as compact JSON.
+    # signs a string as it is, and any other value as JSON. So this
+    # implementation assumes compact JSON.
     return _JSON_ENCODER.encode(value)
 
 
@@ -776,9 +776,9 @@ def build_request(
 
     GET sends params in its query, every other method in a JSON body. The
     request is signed if instruction is passed, or found in INSTRUCTIONS; then
-    secret_key is required. Otherwise it is public, and secret_key must be
-    None. base_url is https, or http to localhost. headers are additional
-    headers, which are not signed.
+    secret_key is required. Otherwise it is public: secret_key must be None,
+    and timestamp and window are not used. base_url is https, or http to
+    localhost. headers are additional headers, which are not signed.
     Raises TypeError or ValueError for bad arguments, and ImportError if
     PyNaCl is needed and not installed.
     """
@@ -827,21 +827,23 @@ class Response(NamedTuple):
 
 
 class _ResponseStream(io.RawIOBase):
-    """Reads one response from a socket; raises an error in two more cases.
+    """A stream that receives one response, with a deadline.
 
-    - TimeoutError after a deadline for the whole response. The timeout of a
-      socket covers only one read, so without a deadline, a slow server could
-      make a response last forever.
-    - EOFError if the server closes the connection. Without it, http.client
-      would accept headers that were cut off. (Some bodies end in this way:
-      _read_raw_body handles them.)
+    It reads from SocketIO, which is Python's own stream of a socket. There
+    are two differences to SocketIO:
+    - It raises TimeoutError after a deadline for the whole response. The
+      timeout of a socket covers only one read, so a slow server could make a
+      response last forever.
+    - It raises EOFError when the server has closed the connection. SocketIO
+      would return b"", and http.client would then take headers that were cut
+      off for complete ones.
     """
 
     def __init__(
-        self, sock: Any, socket_stream: io.RawIOBase, deadline: float
+        self, sock: Any, socket_io: io.RawIOBase, deadline: float
     ) -> None:
         self._sock = sock  # only to set its timeout
-        self._socket_stream: Any = socket_stream
+        self._socket_io: Any = socket_io
         self._deadline = deadline
 
     def readable(self) -> bool:
@@ -853,33 +855,35 @@ class _ResponseStream(io.RawIOBase):
         if remaining <= 0:
             raise TimeoutError("timed out")
         self._sock.settimeout(remaining)
-        size: int = self._socket_stream.readinto(buffer)
+        size: int = self._socket_io.readinto(buffer)
         if size == 0:
             raise EOFError("the server closed before the end of the response")
         return size
 
     def close(self) -> None:
-        self._socket_stream.close()
+        self._socket_io.close()
         super().close()
 
 
-def _set_response_timeout(connection: Any, timeout: float) -> None:
-    """Limit the total time of each response that is received from now on.
+def _limit_response_time(connection: Any, timeout: float) -> None:
+    """Set a deadline for each response that is received from now on.
 
-    To receive a response, http.client calls response_class(sock, ...), which
-    is normally HTTPResponse. Replace it by a function that starts the clock,
-    and returns an HTTPResponse that reads through a _ResponseStream.
+    When http.client begins to receive a response, it calls
+    connection.response_class(sock, ...), which is normally HTTPResponse.
+    Replace it by a function that makes the same HTTPResponse, but changes the
+    chain of streams from which it reads (its attribute fp):
+
+        from: HTTPResponse <- BufferedReader <- SocketIO
+        to:   HTTPResponse <- BufferedReader <- _ResponseStream <- SocketIO
     """
 
     def make_response(
         sock: Any, *args: Any, **options: Any
     ) -> http.client.HTTPResponse:
-        deadline = time.monotonic() + timeout
+        deadline = time.monotonic() + timeout  # The clock starts now.
         response = http.client.HTTPResponse(sock, *args, **options)
-        # response.fp is a buffered stream over a plain stream of the socket.
-        # Put the _ResponseStream between these two.
-        socket_stream = response.fp.detach()
-        stream = _ResponseStream(sock, socket_stream, deadline)
+        socket_io = response.fp.detach()  # drops the old BufferedReader
+        stream = _ResponseStream(sock, socket_io, deadline)
         response.fp = io.BufferedReader(stream)
         return response
 
@@ -958,7 +962,7 @@ def _connect(request: Request, timeout: float) -> http.client.HTTPConnection:
     """Return an open connection to the host of a request."""
     connection = _new_connection(request, timeout)
     # Do this before connect, which reads the response of the proxy, if any.
-    _set_response_timeout(connection, timeout)
+    _limit_response_time(connection, timeout)
     try:
         connection.connect()
     except BaseException:
@@ -977,7 +981,7 @@ class _IdleConnections(Dict[Any, _Idle]):
 
     _ThreadConnections (below) holds one such dict for each thread. When a
     thread ends, Python deletes its dict, and __del__ closes the connections.
-    If Python had to close them itself, it would show a ResourceWarning.
+    Without __del__, Python would show a ResourceWarning for each of them.
     """
 
     def __del__(self) -> None:
@@ -1055,10 +1059,11 @@ def _read_raw_body(response: http.client.HTTPResponse) -> bytes:
     It ends in one of three ways:
     - A header tells its length. At the end, read1 returns b"". An EOFError
       means that the body was cut off.
-    - The status allows no body (such as 204). Then read1 returns b"" at once.
-    - Otherwise, it ends when the server closes the connection: an EOFError.
-      Nobody can tell whether such a body is complete. It is good enough for
-      an error message, but not for a result.
+    - There can be no body (after HEAD, or if the status is 204). Then read1
+      returns b"" at once.
+    - In all other cases, the body ends when the server closes the connection:
+      an EOFError. Nobody can tell whether such a body is complete. So it is
+      accepted from an error (to show its message), but not as a result.
     """
     has_length = _has_length_header(response)
     body = bytearray()
@@ -1070,7 +1075,8 @@ def _read_raw_body(response: http.client.HTTPResponse) -> bytes:
             _check_size(body)
             part = response.read1(65536)
     except EOFError:
-        if has_length or not _is_error(response.status):
+        is_accepted = _is_error(response.status) and not has_length
+        if not is_accepted:
             raise
     return bytes(body)
 
@@ -1126,7 +1132,7 @@ def _send_and_receive(
         # A kept connection still has the timeouts of its last request, so set
         # both: the one for sending, and the one for the response.
         connection.sock.settimeout(timeout)
-        _set_response_timeout(connection, timeout)
+        _limit_response_time(connection, timeout)
         connection.request(
             request.get_method(),
             request.selector,
@@ -1138,9 +1144,8 @@ def _send_and_receive(
         connection.close()  # A late response must not reach the next request.
         raise
     if response.status == 408:
-        # Do not use the connection again. Most servers close it after a 408.
-        # Others may send the 408 because the connection was idle, and then
-        # receive this request after all: a second response would follow.
+        # The server may have sent the 408 before it saw this request, and may
+        # still answer it. The next request must not receive that answer.
         connection.close()
     return response
 
@@ -1170,7 +1175,7 @@ def send(request: Request, *, timeout: float = DEFAULT_TIMEOUT) -> Response:
 
     Raises NotSentError or UnknownOutcomeError. Raises ValueError if timeout
     is not a number above 0 and up to 86400 (a day). A KeyboardInterrupt is
-    not converted; the request may have been executed then, too.
+    raised as it is, and does not tell whether the request was executed.
     """
     _check_timeout(timeout)
     # The process id is included, so that a forked child does not use the
@@ -1211,8 +1216,7 @@ def _result(request: Request, response: Response) -> Any:
     try:
         body = _decode(response.body)
     except MemoryError as error:  # _decode raises no other exception.
-        # The request was sent, so this must become a BPXError: any other
-        # exception from request means that nothing was sent.
+        # A MemoryError would look as if the request had not been sent.
         raise UnknownOutcomeError(request, _describe(error)) from error
     if _is_error(response.status):
         raise APIError(request, response.status, body, response.headers)
@@ -1242,8 +1246,8 @@ def request(
     failed even then, so look at each item of the result.
 
     Raises APIError, NotSentError or UnknownOutcomeError: before you repeat an
-    order, look at the attribute outcome_unknown of the error. Raises what
-    build_request and send raise for bad arguments, before anything is sent.
+    order, look at the attribute outcome_unknown of the error. For bad
+    arguments, raises the errors of build_request and send, and sends nothing.
     """
     built = build_request(
         method,
@@ -1320,9 +1324,9 @@ _STANDARD_ERROR = 2
 def _redirect_to_null_device(descriptor: int) -> None:
     """Make a file descriptor discard what is written to it.
 
-    Call this after a write to a standard stream has failed. The text is still
-    in the buffer of the stream, and Python tries to write it again when it
-    exits. If this second write failed, Python would exit with the status 120.
+    Call this after a write to a standard stream has failed. Otherwise, Python
+    would try to write the same text again when it exits, fail again, and exit
+    with the status 120.
     """
     null_device = os.open(os.devnull, os.O_WRONLY)
     os.dup2(null_device, descriptor)
@@ -1358,8 +1362,8 @@ def _make_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("method", metavar="METHOD", type=str.upper, help="such as GET")
     add("path", metavar="PATH", help="such as /api/v1/order")
-    # default=[] makes argparse regard the parameters as optional. Otherwise,
-    # if METHOD or PATH is missing, it would say that they are missing, too.
+    # Without default=[], the message about a missing METHOD or PATH would say
+    # that name=text is required, too.
     add(
         "pairs", metavar="name=text", nargs="*", default=[], help="a parameter"
     )
