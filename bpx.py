@@ -297,7 +297,7 @@ def _check_str(value: Any, place: str) -> None:
 #
 # First the parameters are normalized: they are converted to dict, list, str,
 # int and bool, and every None is left out. What is signed and what is sent
-# are both made from the normalized values, so they always agree.
+# are both made from the normalized values, so they agree.
 # Subclasses of str, int and Decimal are converted to the plain type, because
 # a subclass may have another __str__. Most of these functions have a parameter
 # named place: a text such as params[0].price. Error messages begin with it.
@@ -322,7 +322,7 @@ def _normalize_params(params: Any) -> List[Dict[str, Any]]:
         else:
             mapping = {} if params is None else params
             mappings = [_normalize_mapping(mapping, "params")]
-    except RecursionError:  # before RuntimeError, which is its base class
+    except RecursionError:  # a kind of RuntimeError, so it must come first
         raise ValueError("params: pass fewer levels of nesting") from None
     except RuntimeError as error:  # Another thread has changed a mapping.
         raise ValueError(
@@ -835,8 +835,8 @@ class _ResponseStream(io.RawIOBase):
       timeout of a socket covers only one read, so a slow server could make a
       response last forever.
     - It raises EOFError when the server has closed the connection. SocketIO
-      would return b"", and http.client would then take headers that were cut
-      off for complete ones.
+      would return 0, which http.client accepts as the end of the headers,
+      even if some of them are missing.
     """
 
     def __init__(
@@ -866,7 +866,10 @@ class _ResponseStream(io.RawIOBase):
 
 
 def _limit_response_time(connection: Any, timeout: float) -> None:
-    """Set a deadline for each response that is received from now on.
+    """Limit the time that a connection takes to receive a response.
+
+    _connect calls this for the response of the proxy, and _send_and_receive
+    for the response to the request.
 
     When http.client begins to receive a response, it calls
     connection.response_class(sock, ...), which is normally HTTPResponse.
@@ -880,7 +883,7 @@ def _limit_response_time(connection: Any, timeout: float) -> None:
     def make_response(
         sock: Any, *args: Any, **options: Any
     ) -> http.client.HTTPResponse:
-        deadline = time.monotonic() + timeout  # The clock starts now.
+        deadline = time.monotonic() + timeout
         response = http.client.HTTPResponse(sock, *args, **options)
         socket_io = response.fp.detach()  # drops the old BufferedReader
         stream = _ResponseStream(sock, socket_io, deadline)
@@ -961,7 +964,7 @@ def _new_connection(
 def _connect(request: Request, timeout: float) -> http.client.HTTPConnection:
     """Return an open connection to the host of a request."""
     connection = _new_connection(request, timeout)
-    # Do this before connect, which reads the response of the proxy, if any.
+    # Do this before connect, which receives the response of the proxy, if any.
     _limit_response_time(connection, timeout)
     try:
         connection.connect()
@@ -1005,13 +1008,17 @@ def _is_stale(sock: Any) -> bool:
 
     Nothing should arrive on an idle connection. If there is something to
     read, the server has closed it, or has sent bytes that answer no request.
+    A connection that cannot be checked is not used either.
     """
     # TLS may hold decrypted bytes, which a selector cannot see.
     if hasattr(sock, "pending") and sock.pending():
         return True
-    with selectors.DefaultSelector() as selector:
-        selector.register(sock, selectors.EVENT_READ)
-        return bool(selector.select(timeout=0))
+    try:
+        with selectors.DefaultSelector() as selector:
+            selector.register(sock, selectors.EVENT_READ)
+            return bool(selector.select(timeout=0))
+    except OSError:  # such as too many open files
+        return True
 
 
 def _take_idle_connection(
@@ -1056,14 +1063,14 @@ def _has_length_header(response: http.client.HTTPResponse) -> bool:
 def _read_raw_body(response: http.client.HTTPResponse) -> bytes:
     """Return the body as it was received, perhaps compressed.
 
-    It ends in one of three ways:
-    - A header tells its length. At the end, read1 returns b"". An EOFError
-      means that the body was cut off.
+    A body ends in one of three ways:
+    - A header tells its length (or that it is chunked). After the last byte,
+      read1 returns b"". If the server closes the connection before that,
+      _ResponseStream raises EOFError.
     - There can be no body (after HEAD, or if the status is 204). Then read1
       returns b"" at once.
-    - In all other cases, the body ends when the server closes the connection:
-      an EOFError. Nobody can tell whether such a body is complete. So it is
-      accepted from an error (to show its message), but not as a result.
+    - In all other cases, the server closes the connection after the last
+      byte, so there is always an EOFError.
     """
     has_length = _has_length_header(response)
     body = bytearray()
@@ -1075,8 +1082,11 @@ def _read_raw_body(response: http.client.HTTPResponse) -> bytes:
             _check_size(body)
             part = response.read1(65536)
     except EOFError:
-        is_accepted = _is_error(response.status) and not has_length
-        if not is_accepted:
+        if has_length:
+            raise  # The body was cut off.
+        # Nobody can tell whether this body is complete. It is good enough for
+        # the message of an error, but not for a result.
+        if not _is_error(response.status):
             raise
     return bytes(body)
 
@@ -1093,8 +1103,8 @@ def _read_body(response: http.client.HTTPResponse) -> bytes:
             f"Content-Encoding {encoding} is not supported"
         )
     with gzip.GzipFile(fileobj=io.BytesIO(raw_body)) as file:
-        # If the body is too large, one byte over the limit is enough to read:
-        # _check_size then raises an error.
+        # Unpack at most one byte more than is allowed: if this byte exists,
+        # _check_size raises an error.
         body = file.read(MAX_BODY + 1)
     _check_size(body)
     return body
@@ -1107,7 +1117,7 @@ def _receive(connection: http.client.HTTPConnection) -> Response:
     other status, return the response with an empty body.
     """
     with connection.getresponse() as response:
-        if response.status < 200:  # http.client itself skips only 100.
+        if response.status < 200:  # http.client has skipped only 100.
             raise http.client.HTTPException(
                 f"unexpected status {response.status}"
             )
@@ -1129,8 +1139,8 @@ def _send_and_receive(
 ) -> Response:
     """Send a request once and return its response."""
     try:
-        # A kept connection still has the timeouts of its last request, so set
-        # both: the one for sending, and the one for the response.
+        # Set the timeouts for sending and for the response. (A kept connection
+        # still has those of its last request.)
         connection.sock.settimeout(timeout)
         _limit_response_time(connection, timeout)
         connection.request(
@@ -1144,8 +1154,8 @@ def _send_and_receive(
         connection.close()  # A late response must not reach the next request.
         raise
     if response.status == 408:
-        # The server may have sent the 408 before it saw this request, and may
-        # still answer it. The next request must not receive that answer.
+        # The server may have sent the 408 before this request arrived. Then
+        # it may send one more response, which the next request must not get.
         connection.close()
     return response
 
@@ -1167,7 +1177,7 @@ def send(request: Request, *, timeout: float = DEFAULT_TIMEOUT) -> Response:
     be cut off, or empty if it cannot be read.
 
     timeout is in seconds. It applies separately to each of these steps:
-    - connect to an address of the host (it may have several)
+    - connect to each address of the host, until one of them accepts
     - open the tunnel, if there is a proxy, and begin TLS
     - send the request
     - receive the whole response
@@ -1216,7 +1226,8 @@ def _result(request: Request, response: Response) -> Any:
     try:
         body = _decode(response.body)
     except MemoryError as error:  # _decode raises no other exception.
-        # A MemoryError would look as if the request had not been sent.
+        # After any exception but a BPXError, the caller may assume that the
+        # request was not sent (see request). But it was sent.
         raise UnknownOutcomeError(request, _describe(error)) from error
     if _is_error(response.status):
         raise APIError(request, response.status, body, response.headers)
@@ -1362,8 +1373,8 @@ def _make_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("method", metavar="METHOD", type=str.upper, help="such as GET")
     add("path", metavar="PATH", help="such as /api/v1/order")
-    # Without default=[], the message about a missing METHOD or PATH would say
-    # that name=text is required, too.
+    # default=[] is for error messages. Without it, if METHOD is missing, the
+    # message would be that METHOD and name=text are required.
     add(
         "pairs", metavar="name=text", nargs="*", default=[], help="a parameter"
     )

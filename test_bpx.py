@@ -1965,6 +1965,14 @@ class Transport(SecretsCase):
                     self.assertEqual(self.ask(server.url), 4)
                     self.assertEqual(self.ask(server.url), 5)
 
+    def test_a_connection_that_cannot_be_checked_is_replaced(self):
+        with ScriptedServer() as server:
+            self.assertEqual(self.ask(server.url), 1)
+            full = OSError("Too many open files")
+            with mock.patch("selectors.DefaultSelector", side_effect=full):
+                self.assertEqual(self.ask(server.url), 2)
+            self.assertEqual(self.ask(server.url), 2)
+
     def test_a_connection_for_each_origin(self):
         with ScriptedServer() as one, ScriptedServer() as two:
             with TLSScriptedServer() as tls:
