@@ -866,26 +866,27 @@ class _ResponseStream(io.RawIOBase):
 
 
 def _limit_response_time(connection: Any, timeout: float) -> None:
-    """Limit the time that a connection takes to receive a response.
+    """Limit the time to receive each of the next responses of a connection.
 
+    The time starts when http.client begins to receive a response.
     _connect calls this for the response of the proxy, and _send_and_receive
     for the response to the request.
-
-    When http.client begins to receive a response, it calls
-    connection.response_class(sock, ...), which is normally HTTPResponse.
-    Replace it by a function that makes the same HTTPResponse, but changes the
-    chain of streams from which it reads (its attribute fp):
-
-        from: HTTPResponse <- BufferedReader <- SocketIO
-        to:   HTTPResponse <- BufferedReader <- _ResponseStream <- SocketIO
     """
 
+    # http.client calls connection.response_class when it begins to receive a
+    # response. Normally this is the class HTTPResponse. Here it becomes a
+    # function, which returns an HTTPResponse with one more stream in the chain
+    # from which it reads:
+    #
+    #     normally: HTTPResponse <- BufferedReader <- SocketIO
+    #     here: HTTPResponse <- BufferedReader <- _ResponseStream <- SocketIO
     def make_response(
         sock: Any, *args: Any, **options: Any
     ) -> http.client.HTTPResponse:
         deadline = time.monotonic() + timeout
         response = http.client.HTTPResponse(sock, *args, **options)
-        socket_io = response.fp.detach()  # drops the old BufferedReader
+        # Drop the BufferedReader, which has not read anything yet.
+        socket_io = response.fp.detach()
         stream = _ResponseStream(sock, socket_io, deadline)
         response.fp = io.BufferedReader(stream)
         return response
@@ -1070,7 +1071,9 @@ def _read_raw_body(response: http.client.HTTPResponse) -> bytes:
     - There can be no body (after HEAD, or if the status is 204). Then read1
       returns b"" at once.
     - In all other cases, the server closes the connection after the last
-      byte, so there is always an EOFError.
+      byte, so there is always an EOFError. Nobody can tell whether such a
+      body is complete. It is good enough for the message of an error, but not
+      for a result.
     """
     has_length = _has_length_header(response)
     body = bytearray()
@@ -1082,11 +1085,9 @@ def _read_raw_body(response: http.client.HTTPResponse) -> bytes:
             _check_size(body)
             part = response.read1(65536)
     except EOFError:
-        if has_length:
-            raise  # The body was cut off.
-        # Nobody can tell whether this body is complete. It is good enough for
-        # the message of an error, but not for a result.
-        if not _is_error(response.status):
+        # Accept only the body of an error, and only if no header told how
+        # long it is. Any other body was cut off, or may have been.
+        if has_length or not _is_error(response.status):
             raise
     return bytes(body)
 
@@ -1117,7 +1118,7 @@ def _receive(connection: http.client.HTTPConnection) -> Response:
     other status, return the response with an empty body.
     """
     with connection.getresponse() as response:
-        if response.status < 200:  # http.client has skipped only 100.
+        if response.status < 200:  # http.client skips 100, but not 101.
             raise http.client.HTTPException(
                 f"unexpected status {response.status}"
             )
@@ -1139,8 +1140,8 @@ def _send_and_receive(
 ) -> Response:
     """Send a request once and return its response."""
     try:
-        # Set the timeouts for sending and for the response. (A kept connection
-        # still has those of its last request.)
+        # Set the timeouts for sending and for the response, because a kept
+        # connection still has the timeouts of the request before this one.
         connection.sock.settimeout(timeout)
         _limit_response_time(connection, timeout)
         connection.request(
@@ -1178,7 +1179,8 @@ def send(request: Request, *, timeout: float = DEFAULT_TIMEOUT) -> Response:
 
     timeout is in seconds. It applies separately to each of these steps:
     - connect to each address of the host, until one of them accepts
-    - open the tunnel, if there is a proxy, and begin TLS
+    - open the tunnel, if there is a proxy
+    - begin TLS, if base_url is https
     - send the request
     - receive the whole response
     Looking up the addresses of the host has no timeout.
@@ -1226,8 +1228,8 @@ def _result(request: Request, response: Response) -> Any:
     try:
         body = _decode(response.body)
     except MemoryError as error:  # _decode raises no other exception.
-        # After any exception but a BPXError, the caller may assume that the
-        # request was not sent (see request). But it was sent.
+        # This must become a BPXError, because request promises for any other
+        # Exception that nothing was sent.
         raise UnknownOutcomeError(request, _describe(error)) from error
     if _is_error(response.status):
         raise APIError(request, response.status, body, response.headers)
@@ -1257,8 +1259,8 @@ def request(
     failed even then, so look at each item of the result.
 
     Raises APIError, NotSentError or UnknownOutcomeError: before you repeat an
-    order, look at the attribute outcome_unknown of the error. For bad
-    arguments, raises the errors of build_request and send, and sends nothing.
+    order, look at the attribute outcome_unknown of the error. After any
+    other Exception, such as a ValueError for a bad argument, nothing was sent.
     """
     built = build_request(
         method,
@@ -1373,8 +1375,7 @@ def _make_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("method", metavar="METHOD", type=str.upper, help="such as GET")
     add("path", metavar="PATH", help="such as /api/v1/order")
-    # default=[] is for error messages. Without it, if METHOD is missing, the
-    # message would be that METHOD and name=text are required.
+    # Without default=[], "bpx.py GET" would say that name=text is required.
     add(
         "pairs", metavar="name=text", nargs="*", default=[], help="a parameter"
     )
