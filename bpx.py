@@ -865,33 +865,34 @@ class _ResponseStream(io.RawIOBase):
         super().close()
 
 
-def _limit_response_time(connection: Any, timeout: float) -> None:
-    """Limit the time to receive each of the next responses of a connection.
+class _TimedResponse(http.client.HTTPResponse):
+    """An HTTPResponse that reads through a _ResponseStream.
 
-    The time starts when http.client begins to receive a response.
-    _connect calls this for the response of the proxy, and _send_and_receive
-    for the response to the request.
+    Every HTTPResponse reads from its attribute fp, which is a chain of two
+    streams. This class puts a _ResponseStream between them:
+
+        HTTPResponse:   BufferedReader <- SocketIO
+        _TimedResponse: BufferedReader <- _ResponseStream <- SocketIO
     """
 
-    # http.client calls connection.response_class when it begins to receive a
-    # response. Normally this is the class HTTPResponse. Here it becomes a
-    # function, which returns an HTTPResponse with one more stream in the chain
-    # from which it reads:
-    #
-    #     normally: HTTPResponse <- BufferedReader <- SocketIO
-    #     here: HTTPResponse <- BufferedReader <- _ResponseStream <- SocketIO
-    def make_response(
-        sock: Any, *args: Any, **options: Any
-    ) -> http.client.HTTPResponse:
+    def __init__(
+        self, sock: Any, *args: Any, timeout: float, **options: Any
+    ) -> None:
+        super().__init__(sock, *args, **options)
+        socket_io = self.fp.detach()  # The BufferedReader is still empty.
         deadline = time.monotonic() + timeout
-        response = http.client.HTTPResponse(sock, *args, **options)
-        # Drop the BufferedReader, which has not read anything yet.
-        socket_io = response.fp.detach()
-        stream = _ResponseStream(sock, socket_io, deadline)
-        response.fp = io.BufferedReader(stream)
-        return response
+        self.fp = io.BufferedReader(_ResponseStream(sock, socket_io, deadline))
 
-    connection.response_class = make_response
+
+def _set_response_timeout(connection: Any, timeout: float) -> None:
+    """Let the connection use _TimedResponse for its next responses.
+
+    http.client calls connection.response_class(sock, ...) when it begins to
+    receive a response. Then the time of this response starts.
+    """
+    connection.response_class = functools.partial(
+        _TimedResponse, timeout=timeout
+    )
 
 
 @functools.lru_cache(maxsize=None)  # because loading certificates takes long
@@ -966,7 +967,7 @@ def _connect(request: Request, timeout: float) -> http.client.HTTPConnection:
     """Return an open connection to the host of a request."""
     connection = _new_connection(request, timeout)
     # Do this before connect, which receives the response of the proxy, if any.
-    _limit_response_time(connection, timeout)
+    _set_response_timeout(connection, timeout)
     try:
         connection.connect()
     except BaseException:
@@ -1076,6 +1077,7 @@ def _read_raw_body(response: http.client.HTTPResponse) -> bytes:
       for a result.
     """
     has_length = _has_length_header(response)
+    may_end_with_eof = not has_length and _is_error(response.status)
     body = bytearray()
     try:
         # Use read1(), because on EOFError, read() loses what it has received.
@@ -1085,9 +1087,7 @@ def _read_raw_body(response: http.client.HTTPResponse) -> bytes:
             _check_size(body)
             part = response.read1(65536)
     except EOFError:
-        # Accept only the body of an error, and only if no header told how
-        # long it is. Any other body was cut off, or may have been.
-        if has_length or not _is_error(response.status):
+        if not may_end_with_eof:
             raise
     return bytes(body)
 
@@ -1143,7 +1143,7 @@ def _send_and_receive(
         # Set the timeouts for sending and for the response, because a kept
         # connection still has the timeouts of the request before this one.
         connection.sock.settimeout(timeout)
-        _limit_response_time(connection, timeout)
+        _set_response_timeout(connection, timeout)
         connection.request(
             request.get_method(),
             request.selector,
@@ -1155,8 +1155,8 @@ def _send_and_receive(
         connection.close()  # A late response must not reach the next request.
         raise
     if response.status == 408:
-        # The server may have sent the 408 before this request arrived. Then
-        # it may send one more response, which the next request must not get.
+        # If the server sent the 408 before this request arrived, it may send
+        # another response now. The next request must not receive that.
         connection.close()
     return response
 
@@ -1177,11 +1177,12 @@ def send(request: Request, *, timeout: float = DEFAULT_TIMEOUT) -> Response:
     The response may have any status. If the status is not 2xx, the body may
     be cut off, or empty if it cannot be read.
 
-    timeout is in seconds. It applies separately to each of these steps:
+    timeout is in seconds. None of these steps takes longer than that:
     - connect to each address of the host, until one of them accepts
     - open the tunnel, if there is a proxy
     - begin TLS, if base_url is https
-    - send the request
+    - send the headers
+    - send the body
     - receive the whole response
     Looking up the addresses of the host has no timeout.
 
@@ -1228,8 +1229,8 @@ def _result(request: Request, response: Response) -> Any:
     try:
         body = _decode(response.body)
     except MemoryError as error:  # _decode raises no other exception.
-        # This must become a BPXError, because request promises for any other
-        # Exception that nothing was sent.
+        # The request was sent, so raise a BPXError: after any other Exception,
+        # the caller may assume that nothing was sent.
         raise UnknownOutcomeError(request, _describe(error)) from error
     if _is_error(response.status):
         raise APIError(request, response.status, body, response.headers)
