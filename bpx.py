@@ -879,16 +879,18 @@ class _TimedResponse(http.client.HTTPResponse):
         self, sock: Any, *args: Any, timeout: float, **options: Any
     ) -> None:
         super().__init__(sock, *args, **options)
-        socket_io = self.fp.detach()  # The BufferedReader is still empty.
+        # Take the SocketIO out of its BufferedReader. Nothing is lost, because
+        # nothing was read yet.
+        socket_io = self.fp.detach()
         deadline = time.monotonic() + timeout
         self.fp = io.BufferedReader(_ResponseStream(sock, socket_io, deadline))
 
 
 def _set_response_timeout(connection: Any, timeout: float) -> None:
-    """Let the connection use _TimedResponse for its next responses.
+    """Give every later response of a connection a timeout in seconds.
 
-    http.client calls connection.response_class(sock, ...) when it begins to
-    receive a response. Then the time of this response starts.
+    When http.client begins to receive a response, it calls
+    connection.response_class(sock, ...). This starts the time.
     """
     connection.response_class = functools.partial(
         _TimedResponse, timeout=timeout
@@ -1062,33 +1064,37 @@ def _has_length_header(response: http.client.HTTPResponse) -> bool:
     return len(declared) == 1
 
 
-def _read_raw_body(response: http.client.HTTPResponse) -> bytes:
-    """Return the body as it was received, perhaps compressed.
+def _append_body(response: http.client.HTTPResponse, body: bytearray) -> None:
+    """Read a body to its end, and append its bytes to a bytearray.
 
-    A body ends in one of three ways:
-    - A header tells its length (or that it is chunked). After the last byte,
-      read1 returns b"". If the server closes the connection before that,
-      _ResponseStream raises EOFError.
-    - There can be no body (after HEAD, or if the status is 204). Then read1
-      returns b"" at once.
-    - In all other cases, the server closes the connection after the last
-      byte, so there is always an EOFError. Nobody can tell whether such a
-      body is complete. It is good enough for the message of an error, but not
-      for a result.
+    Raise EOFError if the server closes the connection before that. Then the
+    bytearray has the bytes that were received until then.
     """
-    has_length = _has_length_header(response)
-    may_end_with_eof = not has_length and _is_error(response.status)
-    body = bytearray()
-    try:
-        # Use read1(), because on EOFError, read() loses what it has received.
+    part = response.read1(65536)
+    while part:
+        body += part
+        _check_size(body)
         part = response.read1(65536)
-        while part:
-            body += part
-            _check_size(body)
-            part = response.read1(65536)
-    except EOFError:
-        if not may_end_with_eof:
-            raise
+
+
+def _read_raw_body(response: http.client.HTTPResponse) -> bytes:
+    """Return the body as it was received, perhaps compressed."""
+    body = bytearray()
+    # After HEAD and for a status such as 204, the length is always 0.
+    if _has_length_header(response) or response.length == 0:
+        _append_body(response, body)
+    elif _is_error(response.status):
+        # This body has no other end than that the server closes the
+        # connection. Nobody can tell whether it is complete, but it is good
+        # enough for the message of an error.
+        try:
+            _append_body(response, body)
+        except EOFError:
+            pass
+    else:
+        raise http.client.HTTPException(
+            "without a Content-Length, the body could be incomplete"
+        )
     return bytes(body)
 
 
@@ -1114,7 +1120,7 @@ def _read_body(response: http.client.HTTPResponse) -> bytes:
 def _receive(connection: http.client.HTTPConnection) -> Response:
     """Receive a response.
 
-    If its body cannot be read: for a status of 2xx, raise an error; for any
+    If its body cannot be read, raise an error for a status of 2xx. For any
     other status, return the response with an empty body.
     """
     with connection.getresponse() as response:
@@ -1155,8 +1161,8 @@ def _send_and_receive(
         connection.close()  # A late response must not reach the next request.
         raise
     if response.status == 408:
-        # If the server sent the 408 before this request arrived, it may send
-        # another response now. The next request must not receive that.
+        # The server may have sent the 408 before this request arrived. Then a
+        # second response may follow. The next request must not receive it.
         connection.close()
     return response
 
@@ -1178,7 +1184,7 @@ def send(request: Request, *, timeout: float = DEFAULT_TIMEOUT) -> Response:
     be cut off, or empty if it cannot be read.
 
     timeout is in seconds. None of these steps takes longer than that:
-    - connect to each address of the host, until one of them accepts
+    - connect to one address (a host may have several)
     - open the tunnel, if there is a proxy
     - begin TLS, if base_url is https
     - send the headers
@@ -1571,7 +1577,7 @@ def _print(result: Any, is_dry_run: bool) -> None:
     try:
         text = result if is_dry_run else json.dumps(result, indent=2)
         if sys.stdout is None:  # It was closed, so print would do nothing.
-            raise OSError("standard output is closed")
+            raise OSError("standard output is closed")  # handled below
         print(text, flush=True)
     except BrokenPipeError:  # The reader of the pipe has had enough.
         _redirect_to_null_device(_STANDARD_OUTPUT)

@@ -1609,6 +1609,7 @@ LATE = [
 REASONS = [
     ("(TimeoutError|timeout): timed out", []),
     ("EOFError: the server closed before the end of the response", [HEAD, close]),
+    ("HTTPException: without a Content-Length, the body could be incomplete", [HEAD + b"\r\n{}"]),
     ("HTTPException: more than one Content-Length or Transfer-Encoding", [(LENGTH % 4)[:-2] + REST]),
     ("HTTPException: the body is larger than MAX_BODY", [LENGTH % 100001 + bytes(100001)]),
     ("HTTPException: the body is larger than MAX_BODY", [packed(bytes(100001))]),
