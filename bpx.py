@@ -54,6 +54,7 @@ some variables, such as SSL_CERT_FILE.
 
 import argparse
 import base64
+import collections.abc
 import functools
 import http.client
 import io
@@ -335,18 +336,20 @@ def _normalize_params(params: Any) -> List[Dict[str, Any]]:
 
 def _normalize_mapping(mapping: Any, place: str) -> Dict[str, Any]:
     """Return the normalized names and values of a mapping."""
-    if not isinstance(mapping, Mapping):
+    # Most mappings are a dict, which can be checked faster than a Mapping.
+    if not isinstance(mapping, (dict, collections.abc.Mapping)):
         raise TypeError(
             f"{place}: pass a mapping of names to values, "
             f"not {type(mapping).__name__}"
         )
     normalized = {}
     for name, value in mapping.items():
-        # A plain ASCII str is already normalized, so do not call the functions
-        # below for it. This makes signing 10 % faster.
+        # A plain ASCII str and a plain int are already normalized, so do not
+        # call the functions below for them. This makes signing 10 % faster.
         if not (type(name) is str and name.isascii()):
             name = _normalize_name(name, place)
-        if not (type(value) is str and value.isascii()):
+        kind = type(value)
+        if not (kind is int or (kind is str and value.isascii())):
             value = _normalize_value(value, f"{place}.{_hide_long(name)}")
         if value is not None:
             normalized[name] = value
@@ -377,7 +380,7 @@ def _normalize_value(value: Any, place: str) -> Any:
         return _normalize_decimal(value, place)
     if isinstance(value, (list, tuple)):
         return _normalize_list(value, place)
-    if isinstance(value, Mapping):
+    if isinstance(value, collections.abc.Mapping):
         return _normalize_mapping(value, place)
     if isinstance(value, float):
         raise TypeError(
@@ -435,7 +438,7 @@ def _name_value_pairs(mapping: Dict[str, Any]) -> List[Tuple[str, str]]:
     pairs = []
     for name in sorted(mapping):
         value = mapping[name]
-        if isinstance(value, str):
+        if type(value) is str:
             # Faster than _value_text, with the same result.
             pairs.append((name, value))
         elif isinstance(value, list):
@@ -469,7 +472,7 @@ def _make_canonical_string(
     window: int,
 ) -> str:
     """Return the canonical string of normalized mappings."""
-    if not isinstance(instruction, str) or not instruction.isalnum():
+    if not isinstance(instruction, str) or not str.isalnum(instruction):
         raise ValueError("instruction: pass a name, such as 'orderExecute'")
     if type(timestamp) is not int or timestamp < 0:
         raise ValueError(
@@ -484,13 +487,15 @@ def _make_canonical_string(
     # instruction=<instruction>&<name>=<value>&...&timestamp=<ms>&window=<ms>
     # A batch has instruction=<instruction>&<name>=<value>&... once for each
     # order, and then one timestamp and window.
-    pairs = []
+    instruction = str.__str__(instruction)  # converts a subclass
+    texts = []
     for mapping in mappings:
-        pairs.append(("instruction", instruction))
-        pairs.extend(_name_value_pairs(mapping))
-    pairs.append(("timestamp", str(timestamp)))
-    pairs.append(("window", str(window)))
-    return "&".join(["=".join(pair) for pair in pairs])
+        texts.append(f"instruction={instruction}")
+        for name, text in _name_value_pairs(mapping):
+            texts.append(f"{name}={text}")
+    texts.append(f"timestamp={timestamp}")
+    texts.append(f"window={window}")
+    return "&".join(texts)
 
 
 def canonical_string(
@@ -539,8 +544,8 @@ def _from_base64(text: str) -> Optional[bytes]:
 
 
 @functools.lru_cache(maxsize=8)  # Loading a key takes as long as signing.
-def _load_signing_key(secret_key: str) -> Any:
-    """Return the nacl.signing.SigningKey of a secret key."""
+def _load_key(secret_key: str) -> Tuple[Any, str]:
+    """Return the nacl.signing.SigningKey and the API key of a secret key."""
     try:
         from nacl.signing import SigningKey
     except ImportError as error:
@@ -556,7 +561,8 @@ def _load_signing_key(secret_key: str) -> Any:
             "secret_key: pass the base64 of 32 bytes; this is the base64 "
             f"of {len(seed)} bytes"
         )
-    return SigningKey(seed)
+    signing_key = SigningKey(seed)
+    return signing_key, _to_base64(bytes(signing_key.verify_key))
 
 
 def _sign(
@@ -571,10 +577,10 @@ def _sign(
         timestamp = time.time_ns() // 1_000_000
     text = _make_canonical_string(instruction, mappings, timestamp, window)
     _check_str(secret_key, "secret_key")
-    signing_key = _load_signing_key(str.strip(secret_key))
+    signing_key, api_key = _load_key(str.strip(secret_key))
     signature = signing_key.sign(text.encode()).signature
     return {
-        "X-API-Key": _to_base64(bytes(signing_key.verify_key)),
+        "X-API-Key": api_key,
         "X-Signature": _to_base64(signature),
         "X-Timestamp": str(timestamp),
         "X-Window": str(window),
@@ -695,7 +701,7 @@ def _normalize_headers(headers: Any) -> Dict[str, str]:
     """Return the headers of the caller as plain str, with lower-case names."""
     if headers is None:
         return {}
-    if not isinstance(headers, Mapping):
+    if not isinstance(headers, collections.abc.Mapping):
         raise TypeError(
             f"headers: pass a mapping, not {type(headers).__name__}"
         )
