@@ -310,6 +310,43 @@ OBJECTS = [
         {"Z": '"', "d": "10", "z": {"y": 10}, "é": []},
     ),
 ]
+SIGNED_HEADERS = ["X-API-Key", "X-Signature", "X-Timestamp", "X-Window"]
+# Params; what stands between "instruction=a" and "&timestamp=5&window=5000".
+STRINGS = [
+    *(({"n": value, "z": "1"}, "".join(f"&n={text}" for text in texts) + "&z=1") for value, texts, _ in VALUES),
+    *(({"n": value}, f"&n={text}") for value, text, _ in OBJECTS),
+    *(({"n": value}, "") for unset in UNSET for value in (unset, [unset])),
+    (types.MappingProxyType({"c": 2, "b": 1}), "&b=1&c=2"),
+    ([{"c": 2, "b": 1}, {}], "&b=1&c=2&instruction=a"),
+    (({"c": 2}, types.MappingProxyType({"b": True})), "&c=2&instruction=a&b=true"),
+    ({LyingStr("b"): "1", Market.SPOT: "2", "é": "3"}, "&SPOT=2&b=1&é=3"),
+    ({"window": "1", "timestamp": "2", "instruction": "3"}, "&instruction=3&timestamp=2&window=1"),
+    ({"b": None, "a": [Side.BID, None], "c": {"d": None}}, "&a=Bid&c={}"),
+]
+# Arguments of build_request; path, query and body of the request.
+REQUESTS = [
+    ({"method": "get", "path": "/p", "params": {"symbol": "a b/+&%é", "type": ["SPOT", "PERP"], "to": 1}},
+     "/p?symbol=a%20b%2F%2B%26%25%C3%A9&to=1&type=SPOT&type=PERP", None),
+    ({"method": "post", "path": "/p", "params": {"symbol": "é", "price": D("1E1"), "a": None}},
+     "/p", '{"price":"10","symbol":"é"}'.encode()),
+    *(({"method": "GET", "path": "/p", "params": empty}, "/p", None) for empty in (None, {}, {"a": None}, {"a": []})),
+    *(({"method": "PATCH", "path": "/p", "params": empty}, "/p", b"{}") for empty in (None, {}, {"a": None})),
+    *(({"method": "GET", "path": path}, path, None) for path in ("/", "/a/b_c.d~e-f%20G0", "/a//b")),
+]
+# base_url; the URL of a request for /p.
+BASE_URLS = [
+    ("https://a.example", "https://a.example/p"),
+    ("https://a.example/", "https://a.example/p"),
+    ("https://a.example/X", "https://a.example/X/p"),
+    ("https://a-1.b:8443/x/y_z.~", "https://a-1.b:8443/x/y_z.~/p"),
+    ("https://[2001:db8::1]:8443", "https://[2001:db8::1]:8443/p"),
+    ("https://[::1.2.3.4]", "https://[::1.2.3.4]/p"),
+    ("https://a.example:1", "https://a.example:1/p"),
+    ("https://a.example:65535/", "https://a.example:65535/p"),
+    ("http://localhost:1", "http://localhost:1/p"),
+    ("http://127.0.0.1:1/", "http://127.0.0.1:1/p"),
+    ("http://[::1]:1", "http://[::1]:1/p"),
+]
 # fmt: on
 
 # --- Bad arguments: what is passed, and the whole message ---
@@ -758,17 +795,12 @@ def signed_text(seen, instruction):
                 if isinstance(item, bool):
                     item = str(item).lower()
                 elif isinstance(item, dict):
-                    item = json.dumps(
-                        item,
-                        ensure_ascii=False,
-                        separators=(",", ":"),
-                        sort_keys=True,
-                    )
+                    style = {"separators": (",", ":"), "sort_keys": True}
+                    item = json.dumps(item, ensure_ascii=False, **style)
                 pairs.append((name, item))
         pairs.sort(key=lambda pair: pair[0])
-        parts += [
-            "%s=%s" % pair for pair in [("instruction", instruction)] + pairs
-        ]
+        parts += ["instruction=" + instruction]
+        parts += ["%s=%s" % pair for pair in pairs]
     times = seen.headers["X-Timestamp"], seen.headers["X-Window"]
     return "&".join(parts) + "&timestamp=%s&window=%s" % times
 
@@ -779,10 +811,8 @@ def verify(seen, instruction):
     if not -1000 < age < 60000:
         raise ValueError("expired")
     key = nacl.signing.VerifyKey(base64.b64decode(seen.headers["X-API-Key"]))
-    key.verify(
-        signed_text(seen, instruction).encode(),
-        base64.b64decode(seen.headers["X-Signature"]),
-    )
+    signature = base64.b64decode(seen.headers["X-Signature"])
+    key.verify(signed_text(seen, instruction).encode(), signature)
 
 
 def all_texts(error):
@@ -861,60 +891,22 @@ class CanonicalString(SecretsCase):
                 found = bpx.canonical_string(instruction, params, *times)
                 self.assertEqual(found, text)
 
-    def test_values(self):
-        for value, texts, _ in VALUES:
-            with self.subTest(repr(value)):
-                found = bpx.canonical_string("a", {"n": value, "z": "1"}, 5)
-                pairs = "".join("&n=" + text for text in texts)
-                expected = f"instruction=a{pairs}&z=1&timestamp=5&window=5000"
+    def test_params(self):
+        for params, pairs in STRINGS:
+            with self.subTest(repr(params)):
+                before = repr(params)
+                found = bpx.canonical_string("a", params, 5)
+                expected = f"instruction=a{pairs}&timestamp=5&window=5000"
                 self.assertEqual(found, expected)
                 self.assertIs(type(found), str)
+                self.assertEqual(repr(params), before)
 
-    def test_unset_values(self):
-        for value in UNSET:
-            for params in ({"n": value}, {"n": [value]}):
-                found = bpx.canonical_string("a", params, 0, 1)
-                self.assertEqual(found, "instruction=a&timestamp=0&window=1")
-
-    def test_objects(self):
-        for value, text, _ in OBJECTS:
-            with self.subTest(text):
-                found = bpx.canonical_string("a", {"n": value}, 5, 60000)
-                expected = f"instruction=a&n={text}&timestamp=5&window=60000"
-                self.assertEqual(found, expected)
-
-    def test_what_is_a_mapping_and_what_a_batch(self):
-        pair = {"c": 2, "b": 1}
-        for params in (pair, types.MappingProxyType(pair)):
-            found = bpx.canonical_string("a", params, 5)
-            expected = "instruction=a&b=1&c=2&timestamp=5&window=5000"
-            self.assertEqual(found, expected)
-        for params in ([pair, {}], (pair, types.MappingProxyType({}))):
-            found = bpx.canonical_string("a", params, 5)
-            expected = (
-                "instruction=a&b=1&c=2&instruction=a&timestamp=5&window=5000"
-            )
-            self.assertEqual(found, expected)
-
-    def test_names_are_characters(self):
-        params = {LyingStr("b"): "1", Market.SPOT: "2", "é": "3"}
-        found = bpx.canonical_string(Market.SPOT, params, 5)
-        expected = "instruction=SPOT&SPOT=2&b=1&é=3&timestamp=5&window=5000"
-        self.assertEqual(found, expected)
-
-    def test_reserved_names_are_names_like_others(self):
-        params = {"window": "1", "timestamp": "2", "instruction": "3"}
-        self.assertEqual(
-            bpx.canonical_string("a", params, 5),
-            "instruction=a&instruction=3&timestamp=2&window=1"
-            "&timestamp=5&window=5000",
-        )
-
-    def test_params_are_not_changed(self):
-        params = {"b": None, "a": [Side.BID, None], "c": {"d": None}}
-        before = repr(params)
-        bpx.canonical_string("a", params, 5)
-        self.assertEqual(repr(params), before)
+    def test_instructions_and_times(self):
+        for instruction, shown in (LyingStr("a"), "a"), (Market.SPOT, "SPOT"):
+            for times in (0, 1), (2**63, 60000):
+                found = bpx.canonical_string(instruction, None, *times)
+                expected = f"instruction={shown}&timestamp=%d&window=%d"
+                self.assertEqual(found, expected % times)
 
     def test_bad_arguments(self):
         rows = [({"params": params}, text) for params, text in BAD_PARAMS]
@@ -929,12 +921,12 @@ class CanonicalString(SecretsCase):
             Changing, "items", lambda self: params.update(c="d") or []
         )
         message = (
-            r"\Aparams: pass a copy that no other thread changes "
-            r"\(dictionary changed size during iteration\)\Z"
+            "params: pass a copy that no other thread changes "
+            "(dictionary changed size during iteration)"
         )
-        with self.assertRaisesRegex(ValueError, message) as caught, grow:
-            bpx.canonical_string("a", params, 5)
-        self.assertTrue(caught.exception.__suppress_context__)
+        options = {"instruction": "a", "params": params, "timestamp": 5}
+        with grow:
+            self.assert_refused(bpx.canonical_string, options, message)
 
     def test_memory_errors_are_not_swallowed(self):
         with mock.patch.object(Changing, "items", side_effect=MemoryError):
@@ -943,62 +935,37 @@ class CanonicalString(SecretsCase):
 
 
 class SignRequest(SecretsCase):
-    def test_ed25519_of_the_library(self):
-        # RFC 8032, section 7.1, TEST 1
-        seed = (
-            "9d61b19deffd5a60ba844af492ec2cc44449c5697b326919703bac031cae7f60"
-        )
-        key = nacl.signing.SigningKey(bytes.fromhex(seed))
-        self.assertEqual(
-            bytes(key.verify_key).hex(),
-            "d75a980182b10ab7d54bfed3c964073a0ee172f3daa62325af021a68f707511a",
-        )
-        self.assertEqual(
-            key.sign(b"").signature.hex(),
-            "e5564300c360ac729086e2cc806e828a84877f1eb8e5d974d873e06522490155"
-            "5fb8821590a33bacc61e39701cf9b46bd25bf5f0595bbe24655141438e7a100b",
-        )
+    def sign(self, key, **times):
+        return list(bpx.sign_request("a", None, key, **times).values())
 
     def test_vectors(self):
         for name, key, instruction, params, stamp, window, _, sign in VECTORS:
             with self.subTest(name):
-                self.assertEqual(
-                    bpx.sign_request(
-                        instruction,
-                        params,
-                        key,
-                        timestamp=stamp,
-                        window=window,
-                    ),
-                    {
-                        "X-API-Key": API_KEYS[key],
-                        "X-Signature": sign,
-                        "X-Timestamp": str(stamp),
-                        "X-Window": str(window),
-                    },
-                )
+                times = {"timestamp": stamp, "window": window}
+                found = bpx.sign_request(instruction, params, key, **times)
+                values = [API_KEYS[key], sign, str(stamp), str(window)]
+                self.assertEqual(found, dict(zip(SIGNED_HEADERS, values)))
 
     def test_now_by_default(self):
         before = time.time_ns() // 1000000
-        headers = bpx.sign_request("accountQuery", None, GUIDE_KEY)
+        *_, timestamp, window = self.sign(GUIDE_KEY)
         after = time.time_ns() // 1000000
-        self.assertLessEqual(before, int(headers["X-Timestamp"]))
-        self.assertLessEqual(int(headers["X-Timestamp"]), after)
-        self.assertEqual(headers["X-Window"], "5000")
-        headers = bpx.sign_request("a", None, GUIDE_KEY, timestamp=0)
-        self.assertEqual(headers["X-Timestamp"], "0")
+        self.assertLessEqual(before, int(timestamp))
+        self.assertLessEqual(int(timestamp), after)
+        self.assertEqual(window, "5000")
+        self.assertEqual(self.sign(GUIDE_KEY, timestamp=0)[2], "0")
 
     def test_white_space_around_a_key(self):
-        expected = bpx.sign_request("a", None, GUIDE_KEY, timestamp=5)
+        expected = self.sign(GUIDE_KEY, timestamp=5)
         for key in (f"{GUIDE_KEY}\n", f"\t {GUIDE_KEY}\r\n"):
-            found = bpx.sign_request("a", None, key, timestamp=5)
-            self.assertEqual(found, expected)
-        found = bpx.sign_request("a", None, LyingStr(GUIDE_KEY), timestamp=5)
+            self.assertEqual(self.sign(key, timestamp=5), expected)
+        found = self.sign(LyingStr(GUIDE_KEY), timestamp=5)
         self.assertEqual(found, expected)
 
     def test_bad_keys(self):
         message = "secret_key: pass a str, not NoneType"
         for key, message in [*BAD_KEYS, (None, message)]:
+            self.assert_refused(self.sign, {"key": key}, message)
             options = {"instruction": "a", "params": None, "secret_key": key}
             self.assert_refused(bpx.sign_request, options, message)
 
@@ -1010,7 +977,7 @@ class SignRequest(SecretsCase):
             for used, count in [(keys, 9), (keys[1:], 0), (keys[:1] * 2, 1)]:
                 loaded.reset_mock()
                 for key in used:
-                    bpx.sign_request("accountQuery", None, key)
+                    self.sign(key)
                 self.assertEqual(loaded.call_count, count)
 
     def test_without_pynacl(self):
@@ -1019,86 +986,62 @@ class SignRequest(SecretsCase):
         with mock.patch.dict(sys.modules, {"nacl.signing": module}):
             text = r"\Ato sign requests, pip install PyNaCl\Z"
             with self.assertRaisesRegex(ImportError, text) as caught:
-                bpx.sign_request("accountQuery", None, key)
+                self.sign(key)
         self.assertIsInstance(caught.exception.__cause__, ImportError)
-        bpx.sign_request("accountQuery", None, key)
+        self.sign(key)
 
 
 class BuildRequest(SecretsCase):
-    ORDER = {
-        "method": "POST",
-        "path": "/api/v1/order",
-        "secret_key": GUIDE_KEY,
-    }
+    def test_requests(self):
+        for options, selector, data in REQUESTS:
+            with self.subTest(options):
+                built = bpx.build_request(**options)
+                self.assertEqual(built.get_method(), options["method"].upper())
+                self.assertEqual(built.full_url, bpx.BASE_URL + selector)
+                self.assertEqual(built.data, data)
 
-    def test_get(self):
-        built = bpx.build_request(
-            "get",
-            "/wapi/v1/history/fills",
-            {"symbol": "a b/+&%é", "marketType": ["SPOT", "PERP"], "to": 1},
-            secret_key=GUIDE_KEY,
-            timestamp=5,
-            window=6,
-        )
-        self.assertEqual(built.get_method(), "GET")
-        self.assertEqual(
-            built.full_url,
-            "https://api.backpack.exchange/wapi/v1/history/fills"
-            "?marketType=SPOT&marketType=PERP"
-            "&symbol=a%20b%2F%2B%26%25%C3%A9&to=1",
-        )
-        self.assertIsNone(built.data)
-        self.assertEqual(
-            [name for name, _ in built.header_items()],
-            ["User-agent", "X-api-key", "X-signature"]
-            + ["X-timestamp", "X-window"],
-        )
-        self.assertEqual(built.get_header("X-timestamp"), "5")
-        self.assertEqual(built.get_header("X-window"), "6")
+    def test_headers(self):
+        agent = {"User-agent": f"bpx.py/{bpx.__version__}"}
+        kind = {"Content-type": "application/json; charset=utf-8"}
+        times = {"timestamp": 5, "window": 6}
+        signed = bpx.sign_request("orderQuery", None, GUIDE_KEY, **times)
+        signed = {name.capitalize(): text for name, text in signed.items()}
+        own = {"X-Extra": LyingStr("~ !"), LyingStr("user-agent"): "mine"}
+        own["X-Empty"] = ""
+        shown = {"X-extra": "~ !", "User-agent": "mine", "X-empty": ""}
+        key = {"secret_key": GUIDE_KEY, **times}
+        other = {**key, "instruction": "orderQuery"}
+        for method, path, options, expected in [
+            ("GET", "/p", times, agent),
+            ("GET", "/p", {"headers": own}, shown),
+            ("PUT", "/p", {"headers": own}, {**shown, **kind}),
+            ("GET", "/api/v1/order", key, {**agent, **signed}),
+            ("GET", "/p", other, {**agent, **signed}),
+            ("PATCH", "/p", other, {**agent, **signed, **kind}),
+            ("DELETE", "/api/v1/order", other, {**agent, **signed, **kind}),
+        ]:
+            with self.subTest(method, path=path, options=options):
+                built = bpx.build_request(method, path, **options)
+                found = {n: "".join([v]) for n, v in built.header_items()}
+                self.assertEqual(found, expected)
 
-    def test_post(self):
-        params = {"symbol": "é", "price": D("1E1"), "a": None}
-        built = bpx.build_request(params=params, **self.ORDER)
-        self.assertEqual(built.get_method(), "POST")
-        url = "https://api.backpack.exchange/api/v1/order"
-        self.assertEqual(built.full_url, url)
-        self.assertEqual(built.data, '{"price":"10","symbol":"é"}'.encode())
-        kind = "application/json; charset=utf-8"
-        self.assertEqual(built.get_header("Content-type"), kind)
-        self.assertEqual(list(params), ["symbol", "price", "a"])
+    def test_headers_that_change_meanwhile(self):
+        headers = {"X-A": "d"}
 
-    def test_no_params(self):
-        for params in (None, {}, {"a": None}, {"a": []}):
-            built = bpx.build_request("GET", "/api/v1/time", params)
-            self.assertEqual(built.selector, "/api/v1/time")
-        for params in (None, {}, {"a": None}):
-            built = bpx.build_request("PATCH", "/api/v1/time", params)
-            self.assertEqual(built.data, b"{}")
+        def change(value, place):
+            if place == "header X-A":
+                headers["b"] = "c"
+
+        with mock.patch("bpx._check_str", change):
+            built = bpx.build_request("GET", "/", headers=headers)
+        self.assertEqual(built.header_items()[0], ("X-a", "d"))
+        self.assertEqual(len(built.header_items()), 2)
 
     def test_base_urls(self):
-        for base_url, url in [
-            ("https://a.example", "https://a.example/p"),
-            ("https://a.example/", "https://a.example/p"),
-            ("https://a.example/X", "https://a.example/X/p"),
-            ("https://a-1.b:8443/x/y_z.~", "https://a-1.b:8443/x/y_z.~/p"),
-            ("https://[2001:db8::1]:8443", "https://[2001:db8::1]:8443/p"),
-            ("https://[::1.2.3.4]", "https://[::1.2.3.4]/p"),
-            ("https://a.example:1", "https://a.example:1/p"),
-            ("https://a.example:65535/", "https://a.example:65535/p"),
-            ("http://localhost:1", "http://localhost:1/p"),
-            ("http://127.0.0.1:1/", "http://127.0.0.1:1/p"),
-            ("http://[::1]:1", "http://[::1]:1/p"),
-            (LyingStr("https://a.example"), "https://a.example/p"),
-        ]:
+        for base_url, url in BASE_URLS:
             with self.subTest(base_url):
                 built = bpx.build_request("GET", "/p", base_url=base_url)
                 self.assertEqual(built.full_url, url)
-
-    def test_paths(self):
-        for path in ("/", "/a/b_c.d~e-f%20G0", "/a//b", LyingStr("/a")):
-            with self.subTest(path):
-                built = bpx.build_request("GET", path)
-                self.assertEqual(built.selector, "".join([path]))
 
     def test_a_str_subclass_is_its_characters(self):
         built = bpx.build_request(
@@ -1116,72 +1059,40 @@ class BuildRequest(SecretsCase):
 
     def test_every_character_at_every_place(self):
         for argument, templates, accepted in CHARACTERS:
-            for template, code in itertools.product(
-                templates.split(), range(128)
-            ):
-                if template == "https://[::{}]" and chr(code) in ":.":
+            places = itertools.product(templates.split(), map(chr, range(128)))
+            for template, character in places:
+                if template == "https://[::{}]" and character in ":.":
                     continue  # Newer Pythons check the address.
-                value = template.format(chr(code))
+                value = template.format(character)
                 options = {"method": "GET", "path": "/p", argument: value}
                 if argument == "header name":
                     options["headers"] = {options.pop(argument): "a"}
                 elif argument == "header value":
                     options["headers"] = {"X-A": options.pop(argument)}
+                try:
+                    bpx.build_request(**options)
+                    found = character
+                except ValueError:
+                    found = ""
                 with self.subTest(argument, value=value):
-                    if chr(code) in accepted:
-                        bpx.build_request(**options)
-                    else:
-                        with self.assertRaises(ValueError):
-                            bpx.build_request(**options)
-
-    def test_the_instruction_of_the_caller_wins(self):
-        for path in ("/api/v1/order", "/api/v1/new"):
-            built = bpx.build_request(
-                "GET",
-                path,
-                instruction="other",
-                secret_key=GUIDE_KEY,
-                timestamp=5,
-            )
-            signed = bpx.sign_request("other", None, GUIDE_KEY, timestamp=5)
-            found = built.get_header("X-signature")
-            self.assertEqual(found, signed["X-Signature"])
-
-    def test_headers(self):
-        headers = {"X-Extra": LyingStr("~ !"), LyingStr("user-agent"): "mine"}
-        headers["X-Empty"] = ""
-        built = bpx.build_request(headers=headers, **self.ORDER)
-        self.assertEqual(built.get_header("X-extra").encode(), b"~ !")
-        self.assertEqual(built.get_header("User-agent"), "mine")
-        self.assertEqual(built.get_header("X-empty"), "")
-        self.assertEqual(built.get_header("X-window"), "5000")
-        headers = {"X-A": "d"}
-
-        def change(value, place):
-            if place == "header X-A":
-                headers["b"] = "c"
-
-        with mock.patch("bpx._check_str", change):
-            built = bpx.build_request("GET", "/", headers=headers)
-        agent = ("User-agent", f"bpx.py/{bpx.__version__}")
-        self.assertEqual(built.header_items(), [("X-a", "d"), agent])
-        built = bpx.build_request("GET", "/")
-        self.assertEqual(built.header_items(), [agent])
+                    self.assertEqual(found != "", character in accepted)
 
     def test_instructions(self):
-        rows = [line.split() for line in OPERATIONS.splitlines()]
-        for method, path, instruction in rows:
-            with self.subTest(f"{method} {path}"):
-                found = bpx.INSTRUCTIONS.get(f"{method} {path}")
-                self.assertEqual(found, instruction)
-        expected = [f"{method} {path}" for method, path, _ in rows]
-        self.assertEqual(list(bpx.INSTRUCTIONS), expected)
+        rows = [line.rsplit(" ", 1) for line in OPERATIONS.splitlines()]
+        for operation, instruction in rows:
+            with self.subTest(operation):
+                self.assertEqual(bpx.INSTRUCTIONS.get(operation), instruction)
+        self.assertEqual(
+            list(bpx.INSTRUCTIONS.items()), list(map(tuple, rows))
+        )
 
 
 # --- 4 and 5: what a call sends and returns ---
 
+# --- 4 and 5: what a call sends and returns ---
+
 # fmt: off
-# Body of a response, what is returned.
+# Body of a response; what is returned.
 BODIES = [
     (b"", None),
     (b"{}", {}),
@@ -1198,13 +1109,10 @@ BODIES = [
     (b"[" * 100000, "[" * 100000),
     (b"9" * 5000 + b"x", "9" * 5000 + "x"),
 ]
-# Body of a response with status 400, code, message, text of the error.
+# Body of a response with status 400; code and message; text of the error.
 ERRORS = [
-    (
-        b'{"code": "INVALID_SIGNATURE", "message": "Invalid\\n signature"}',
-        ("INVALID_SIGNATURE", "Invalid\n signature"),
-        "400 INVALID_SIGNATURE Invalid signature",
-    ),
+    (b'{"code": "INVALID_SIGNATURE", "message": "Invalid\\n signature"}',
+     ("INVALID_SIGNATURE", "Invalid\n signature"), "400 INVALID_SIGNATURE Invalid signature"),
     (b'{"message": "no"}', (None, "no"), "400 no"),
     (b'{"code": 5, "message": 0.5}', (5, 0.5), "400 5 0.5"),
     (b'{"code": {"a": []}, "message": [1]}', ({"a": []}, [1]), "400"),
@@ -1217,46 +1125,41 @@ ERRORS = [
     (b"x" * 999, (None, "x" * 999), "400 " + "x" * 278),
     (b'{"message": ' + b"[" * 150 + b"]" * 150 + b"}", None, "400"),
 ]
-# fmt: on
-# What inspect shows of the parameters of the public functions.
-OPTIONS = "secret_key=None instruction=None timestamp=None window=5000"
-REST = f"{OPTIONS} base_url={bpx.BASE_URL} headers=None"
+# The parameters of the public functions, as inspect.signature shows them.
+OPTIONS = "secret_key=None instruction=None timestamp=None window=5000 base_url=https://api.backpack.exchange headers=None"
 SIGNATURES = {
     "canonical_string": "instruction params timestamp window=5000",
-    "sign_request": (
-        "instruction params secret_key * timestamp=None window=5000"
-    ),
-    "build_request": f"method path params=None * {REST}",
+    "sign_request": "instruction params secret_key * timestamp=None window=5000",
+    "build_request": f"method path params=None * {OPTIONS}",
     "send": "request * timeout=10.0",
-    "request": f"method path params=None * {REST} timeout=10.0",
-    "get": "path params=None **options",
-    "post": "path params=None **options",
-    "delete": "path params=None **options",
-    "patch": "path params=None **options",
+    "request": f"method path params=None * {OPTIONS} timeout=10.0",
+    **dict.fromkeys(["get", "post", "delete", "patch"], "path params=None **options"),
     "main": "argv=None",
 }
 CONSTANTS = {
-    "BASE_URL": "https://api.backpack.exchange",
-    "DEFAULT_WINDOW": 5000,
-    "MAX_WINDOW": 60000,
-    "DEFAULT_TIMEOUT": 10.0,
-    "MAX_IDLE": 15.0,
-    "MAX_BODY": 16777216,
+    "BASE_URL": "https://api.backpack.exchange", "DEFAULT_WINDOW": 5000, "MAX_WINDOW": 60000,
+    "DEFAULT_TIMEOUT": 10.0, "MAX_IDLE": 15.0, "MAX_BODY": 16777216,
 }
+# Name, outcome_unknown of the class.
+ERROR_CLASSES = {"BPXError": False, "APIError": False, "NotSentError": False, "UnknownOutcomeError": True}
+# fmt: on
 
 
 class Calls(ExchangeCase):
+    def fails(self, error, method="GET", *args, **options):
+        """The error of a call whose request has reached the exchange."""
+        with self.assertRaises(error) as caught:
+            self.send(method, "/api/v1/ping", *args, **options)
+        self.assertEqual(len(self.exchange.seen), 1)
+        self.exchange.seen.clear()
+        return caught.exception
+
     def test_public_names(self):
-        names = [*CONSTANTS, *SIGNATURES, "INSTRUCTIONS", "Response"]
-        names += ["BPXError", "APIError", "NotSentError"]
-        names += ["UnknownOutcomeError"]
+        names = [*CONSTANTS, *SIGNATURES, *ERROR_CLASSES]
+        names += ["INSTRUCTIONS", "Response"]
         self.assertEqual(sorted(bpx.__all__), sorted(names))
-        for name in names:
-            self.assertTrue(hasattr(bpx, name), name)
         for name, value in CONSTANTS.items():
             self.assertEqual(getattr(bpx, name), value, name)
-
-    def test_public_signatures(self):
         for name, expected in SIGNATURES.items():
             shown, star = [], False
             parameters = inspect.signature(getattr(bpx, name)).parameters
@@ -1278,11 +1181,9 @@ class Calls(ExchangeCase):
                 params = {"symbol": "SOL_USDC", "b": True, "e": Side.BID}
                 if line.startswith("POST /api/v1/orders "):
                     params = [params, {**params, "n": 5}]
-                options = {
-                    "secret_key": GUIDE_KEY,
-                    "base_url": self.exchange.url,
-                }
-                getattr(bpx, method.lower())(path, params, **options)
+                options = {"base_url": self.exchange.url}
+                call = getattr(bpx, method.lower())
+                call(path, params, secret_key=GUIDE_KEY, **options)
                 seen = self.exchange.seen.pop()
                 self.assertEqual((seen.method, seen.path), (method, path))
                 verify(seen, instruction)
@@ -1300,24 +1201,20 @@ class Calls(ExchangeCase):
                 seen = self.signed("POST", {"n": value})
                 self.assertEqual(repr(seen.body), repr({"n": body}))
 
-    def test_unset_values(self):
-        for value in UNSET:
-            params = {"n": value, "a": "b"}
-            self.assertEqual(self.signed("GET", params).query, "a=b")
-            self.assertEqual(self.signed("POST", params).body, {"a": "b"})
-
-    def test_names_are_characters(self):
+    def test_names_and_unset_values(self):
         params = {LyingStr("b/"): "1", Market.SPOT: "2"}
-        self.assertEqual(self.signed("GET", params).query, "SPOT=2&b%2F=1")
-        body = {"SPOT": "2", "b/": "1"}
-        self.assertEqual(self.signed("POST", params).body, body)
+        for value in UNSET:
+            params["n"] = value
+            query = self.signed("GET", params).query
+            self.assertEqual(query, "SPOT=2&b%2F=1")
+            body = self.signed("POST", params).body
+            self.assertEqual(body, {"SPOT": "2", "b/": "1"})
 
     def test_batches(self):
         for kind in (list, tuple):
             for orders in ([{"symbol": "A"}, {"symbol": "B"}], [{"a": "b"}]):
-                self.assertEqual(
-                    self.signed("POST", kind(orders)).body, orders
-                )
+                seen = self.signed("POST", kind(orders))
+                self.assertEqual(seen.body, orders)
 
     def test_params_are_read_once(self):
         for method in ("GET", "POST"):
@@ -1326,10 +1223,8 @@ class Calls(ExchangeCase):
 
     def test_a_public_operation_is_not_signed(self):
         _, seen = self.send("GET", "/api/v1/depth", {"symbol": "SOL_USDC"})
-        self.assertEqual(
-            sorted(seen.headers),
-            ["Accept-Encoding", "Host", "User-agent"],
-        )
+        names = ["Accept-Encoding", "Host", "User-agent"]
+        self.assertEqual(sorted(seen.headers), names)
 
     def test_verify_can_fail(self):
         seen = self.signed("POST", {"a": "b"})
@@ -1342,85 +1237,69 @@ class Calls(ExchangeCase):
         rows += [({"secret_key": key}, text) for key, text in BAD_KEYS]
         rows += [({"timeout": each}, text) for each, text in BAD_TIMEOUTS]
         for options, message in rows + BAD_TIMES + BAD_REQUESTS:
-            options = {"base_url": self.exchange.url, **options}
-            options = {**BuildRequest.ORDER, **options}
-            self.assert_refused(bpx.request, options, message)
+            order = {"method": "POST", "path": "/api/v1/order"}
+            order.update(secret_key=GUIDE_KEY, base_url=self.exchange.url)
+            self.assert_refused(bpx.request, {**order, **options}, message)
             self.assertEqual(self.exchange.seen, [])
 
     def test_bodies(self):
         for body, expected in BODIES:
-            for status in (200, 202, 299):
+            for status in (200, 202, 299, 500):
                 with self.subTest(body[:30], status=status):
                     self.exchange.answer = (status, {}, body)
-                    result, _ = self.send("GET", "/api/v1/ping")
+                    if status == 500:
+                        result = self.fails(bpx.APIError).body
+                    else:
+                        result, _ = self.send("GET", "/api/v1/ping")
                     self.assertEqual(repr(result), repr(expected))
-            with self.subTest(body[:30], status=500):
-                self.exchange.answer = (500, {}, body)
-                with self.assertRaises(bpx.APIError) as caught:
-                    self.send("GET", "/api/v1/ping")
-                self.assertEqual(repr(caught.exception.body), repr(expected))
-                self.exchange.seen.clear()
 
     def test_head(self):
         self.exchange.answer = (200, {"Content-Encoding": "gzip"}, b"1234")
         result, seen = self.send("HEAD", "/api/v1/ping")
         self.assertEqual((result, seen.method), (None, "HEAD"))
         self.exchange.answer = (404, {}, b"1234")
-        with self.assertRaises(bpx.APIError) as caught:
-            self.send("HEAD", "/api/v1/ping")
-        self.assertIsNone(caught.exception.body)
+        self.assertIsNone(self.fails(bpx.APIError, "HEAD").body)
 
     def test_errors_of_the_exchange(self):
         for body, fields, text in ERRORS:
             with self.subTest(body[:30]):
                 self.exchange.answer = (400, {"Retry-After": "7"}, body)
-                with self.assertRaises(bpx.APIError) as caught:
-                    self.send("GET", "/api/v1/ping", {"a": "b"})
-                error = caught.exception
-                self.assertEqual(error.status, 400)
-                if fields is not None:
-                    self.assertEqual((error.code, error.message), fields)
-                self.assertEqual(error.headers["retry-after"], "7")
-                self.assertEqual(str(error), f"GET /api/v1/ping: {text}")
-                self.assertEqual(error.request.selector, "/api/v1/ping?a=b")
+                error = self.fails(bpx.APIError, "GET", {"a": "b"})
+                for each in (error, pickle.loads(pickle.dumps(error))):
+                    self.assertEqual(each.status, 400)
+                    if fields is not None:
+                        self.assertEqual((each.code, each.message), fields)
+                    self.assertEqual(each.headers["retry-after"], "7")
+                    self.assertEqual(str(each), f"GET /api/v1/ping: {text}")
+                    selector = each.request.selector
+                    self.assertEqual(selector, "/api/v1/ping?a=b")
+                    self.assertEqual(each.body, error.body)
                 if body == b"x" * 999:
                     self.assertEqual(error.reason, "400 " + "x" * 300)
-                copy = pickle.loads(pickle.dumps(error))
-                self.assertEqual(str(copy), str(error))
-                self.assertEqual(copy.body, error.body)
-                self.assertEqual(copy.request.full_url, error.request.full_url)
-                self.assertEqual(copy.headers["retry-after"], "7")
 
     def test_statuses(self):
         unknown = {408, 500, 503, 599, 999}
-        known = {300, 304, 400, 401, 404, 407, 409, 429, 499}
-        for status in sorted(known | unknown):
+        for status in {300, 304, 400, 401, 404, 407, 409, 429, 499} | unknown:
             with self.subTest(status):
                 self.exchange.answer = (status, {}, b"")
-                with self.assertRaises(bpx.APIError) as caught:
-                    self.send("GET", "/api/v1/ping")
-                error = caught.exception
+                error = self.fails(bpx.APIError)
                 self.assertEqual(error.status, status)
                 self.assertIs(error.outcome_unknown, status in unknown)
 
     def test_other_errors(self):
-        built = bpx.build_request(
-            "POST", "/api/v1/order", {}, instruction="a", secret_key=GUIDE_KEY
-        )
-        for error, unknown in [
-            (bpx.BPXError, False),
-            (bpx.NotSentError, False),
-            (bpx.UnknownOutcomeError, True),
-        ]:
-            error = error(request=built, reason="a\nb\x1b" + "c" * 999)
-            text = "POST /api/v1/order: a b " + "c" * 276
-            for each in (error, pickle.loads(pickle.dumps(error))):
-                self.assertEqual(str(each), text)
-                self.assertIs(each.outcome_unknown, unknown)
-                self.assertEqual(each.request.data, b"{}")
-            self.assertIsInstance(error, bpx.BPXError)
-        self.assertTrue(issubclass(bpx.APIError, bpx.BPXError))
-        self.assertFalse(issubclass(bpx.BPXError, (OSError, ValueError)))
+        options = {"instruction": "a", "secret_key": GUIDE_KEY}
+        built = bpx.build_request("POST", "/api/v1/order", {}, **options)
+        for name, unknown in ERROR_CLASSES.items():
+            kind = getattr(bpx, name)
+            self.assertTrue(issubclass(kind, bpx.BPXError))
+            self.assertFalse(issubclass(kind, (OSError, ValueError)))
+            self.assertIs(kind.outcome_unknown, unknown)
+            if name != "APIError":
+                error = kind(request=built, reason="a\nb\x1b" + "c" * 999)
+                for each in (error, pickle.loads(pickle.dumps(error))):
+                    text = "POST /api/v1/order: a b " + "c" * 276
+                    self.assertEqual(str(each), text)
+                    self.assertEqual(each.request.data, b"{}")
 
     def test_methods(self):
         for method in ("GET", "POST", "DELETE", "PATCH"):
@@ -1434,20 +1313,15 @@ class Calls(ExchangeCase):
                 self.assertEqual(sent, {"a": "b"})
 
     def test_options_are_passed_on(self):
-        _, seen = self.send(
-            "POST",
-            "/api/v1/new",
-            secret_key=GUIDE_KEY,
-            instruction="other",
-            timestamp=time.time_ns() // 10**6 - 3000,
-            window=7000,
-            headers={"X-Broker-Id": "5"},
-        )
+        now = time.time_ns() // 10**6
+        options = {"secret_key": GUIDE_KEY, "instruction": "other"}
+        options.update(window=7000, headers={"X-Broker-Id": "5"})
+        options.update(timestamp=now - 3000)
+        _, seen = self.send("POST", "/api/v1/new", **options)
         verify(seen, "other")
+        self.assertEqual(seen.headers["X-Timestamp"], str(now - 3000))
         self.assertEqual(seen.headers["X-Window"], "7000")
         self.assertEqual(seen.headers["X-Broker-Id"], "5")
-        age = time.time() * 1000 - int(seen.headers["X-Timestamp"])
-        self.assertGreaterEqual(age, 3000)
         with mock.patch("bpx.send", wraps=bpx.send) as send:
             self.send("GET", "/p")
             self.send("GET", "/p", timeout=3)
@@ -1463,25 +1337,18 @@ class Calls(ExchangeCase):
             self.assertEqual(response, (status, response.headers, b"[1]"))
             self.assertEqual(response.headers["x-limit"], "9")
             self.assertIs(type(response.body), bytes)
-        with self.assertRaises(TypeError):
-            bpx.send(built, 5)
 
     def test_memory_errors(self):
-        for error in (MemoryError, KeyboardInterrupt):
-            with mock.patch("bpx.json.loads", side_effect=error):
-                expected = error
-                if error is MemoryError:
-                    expected = bpx.UnknownOutcomeError
-                with self.assertRaises(expected) as caught:
-                    self.send("GET", "/p")
-            if error is MemoryError:
-                self.assertIsInstance(caught.exception.__cause__, error)
-                self.assertEqual(str(caught.exception), "GET /p: MemoryError")
-            self.exchange.seen.clear()
+        with mock.patch("bpx.json.loads", side_effect=MemoryError):
+            error = self.fails(bpx.UnknownOutcomeError)
+        self.assertIsInstance(error.__cause__, MemoryError)
+        self.assertEqual(str(error), "GET /api/v1/ping: MemoryError")
+        with mock.patch("bpx.json.loads", side_effect=KeyboardInterrupt):
+            self.fails(KeyboardInterrupt)
 
 
 class Seconds(float):
-    pass
+    """A number that is neither a plain int nor a plain float."""
 
 
 # --- 4: the transport ---
@@ -1534,6 +1401,14 @@ NO_TUNNEL = [
     ("dripped header", "{}", repeat_forever(HEAD, *DRIP)),
     ("silence to TLS", "{}", [HEAD + b"\r\n"]),
     ("dripped TLS", "{}", repeat_forever(HEAD + b"\r\n\x16\3\3\x40\0\2", *DRIP)),
+]
+# https_proxy; the address that is connected to.
+PROXIES = [
+    ("http://127.0.0.1", ("127.0.0.1", 80)),
+    ("HTTP://127.0.0.1:5/", ("127.0.0.1", 5)),
+    ("127.0.0.1:65535", ("127.0.0.1", 65535)),
+    ("http://[::ffff:127.0.0.1]:5", ("::ffff:127.0.0.1", 5)),
+    ("http://a:b@c@proxy-1_b.example:5", ("proxy-1_b.example", 5)),
 ]
 # https_proxy that is refused ({} is HOST:PORT of a server).
 BAD_PROXIES = ["http://me:PASSWORD@{}\n"] + """
@@ -1592,6 +1467,14 @@ BROKEN = [
     ("no gzip", [sized(HEAD + PACKED, b"{}")]),
     ("br", [sized(HEAD + b"Content-Encoding: br\r\n", b"{}")]),
     ("gzip twice", [sized(HEAD + PACKED * 2, gzip.compress(ONE))]),
+]
+# Scripts of requests that are interrupted.
+INTERRUPTED = [
+    [interrupt],
+    [interrupt, 0.05, TWO],
+    [HEAD, interrupt],
+    [LENGTH % 4 + b"{}", 0.05, interrupt],
+    [sized(BAD, b"1234")[:-2], 0.05, interrupt],
 ]
 # Reason, script. All last longer than the timeout.
 LATE = [
@@ -1768,15 +1651,11 @@ class Transport(SecretsCase):
         return answer[0]
 
     def order(self, url, timeout=5):
-        return bpx.post(
-            "/api/v1/order",
-            {"clientId": 7},
-            base_url=url,
-            secret_key=GUIDE_KEY,
-            timeout=timeout,
-        )
+        options = {"secret_key": GUIDE_KEY, "base_url": url}
+        params = {"clientId": 7}
+        return bpx.post("/api/v1/order", params, timeout=timeout, **options)
 
-    def fails(self, error, url, timeout, within):
+    def fails(self, error, url, timeout=5, within=1):
         """The error of an order, which is raised within that many seconds."""
         began = time.monotonic()
         with self.assertRaises(error) as caught:
@@ -1794,7 +1673,7 @@ class Transport(SecretsCase):
                 with TLSScriptedServer() as tls:
                     self.trust(*file or [PEM_FILE])
                     url = url.format(plain=plain.port, tls=tls.port)
-                    self.fails(bpx.NotSentError, url, 0.2, 0.7)
+                    self.fails(bpx.NotSentError, url, 0.1)
                     self.assertEqual(plain.seen + tls.seen, [])
                     self.trust(PEM_FILE)
                     self.ask(tls.url)
@@ -1804,7 +1683,7 @@ class Transport(SecretsCase):
             with self.subTest(reason), ScriptedServer(script) as proxy:
                 with TLSScriptedServer() as tls:
                     os.environ["https_proxy"] = url.format(proxy.url)
-                    self.fails(bpx.NotSentError, tls.url, 0.2, 0.7)
+                    self.fails(bpx.NotSentError, tls.url, 0.1)
                     self.assertEqual(len(proxy.seen), url == "{}")
                     self.assertEqual(tls.seen, [])
                     os.environ["https_proxy"] = ""
@@ -1825,19 +1704,12 @@ class Transport(SecretsCase):
                     shown = str(caught.exception)
                     self.assertEqual(shown.replace("WORD", ""), text)
                     shown = all_texts(caught.exception)
-                    self.assertNotIn("PASSWORD@localhost", shown)
-                    self.assertNotIn("me:", shown)
+                    self.assertNotRegex(shown, "PASSWORD@localhost|me:")
             self.assertEqual(server.seen, [])
             self.assertEqual(len(server.threads), 1)  # It accepts, no more.
 
     def test_addresses_of_proxies(self):
-        for proxy, address in [
-            ("http://127.0.0.1", ("127.0.0.1", 80)),
-            ("HTTP://127.0.0.1:5/", ("127.0.0.1", 5)),
-            ("127.0.0.1:65535", ("127.0.0.1", 65535)),
-            ("http://[::ffff:127.0.0.1]:5", ("::ffff:127.0.0.1", 5)),
-            ("http://a:b@c@proxy-1_b.example:5", ("proxy-1_b.example", 5)),
-        ]:
+        for proxy, address in PROXIES:
             with self.subTest(proxy), mock.patch(
                 "socket.create_connection", side_effect=OSError
             ) as connect:
@@ -1847,16 +1719,14 @@ class Transport(SecretsCase):
                 self.assertEqual(connect.call_args[0][:2], (address, 3))
                 os.environ["https_proxy"] = ""
                 for scheme in ("http", "https"):
-                    url = f"{scheme}://localhost:5"
-                    with self.assertRaises(bpx.NotSentError):
-                        bpx.get("/p", base_url=url, timeout=4)
+                    self.fails(bpx.NotSentError, f"{scheme}://localhost:5", 4)
                     expected = (("localhost", 5), 4)
                     self.assertEqual(connect.call_args[0][:2], expected)
 
     def test_broken_responses(self):
         for kind, (reason, script) in itertools.product(BOTH, BROKEN):
             with self.subTest(reason, kind=kind), kind(script) as server:
-                self.fails(bpx.UnknownOutcomeError, server.url, 5, 1)
+                self.fails(bpx.UnknownOutcomeError, server.url)
                 self.assertEqual(len(server.seen), 1)
                 self.assertEqual(self.ask(server.url), 2)
 
@@ -1864,7 +1734,7 @@ class Transport(SecretsCase):
         for reason, script in LATE:
             with self.subTest(reason), ScriptedServer([TWO], script) as server:
                 self.assertEqual(self.order(server.url), {})
-                self.fails(bpx.UnknownOutcomeError, server.url, 0.2, 0.7)
+                self.fails(bpx.UnknownOutcomeError, server.url, 0.1)
                 self.assertEqual(len(server.seen), 2)
                 self.assertEqual(self.ask(server.url), 2)
 
@@ -1903,8 +1773,9 @@ class Transport(SecretsCase):
     def test_error_responses(self):
         for reason, script, body, connection in ERROR_RESPONSES:
             with self.subTest(reason), ScriptedServer(script) as server:
+                timeout = 0.1 if "too late" in reason else 5
                 with mock.patch.object(bpx, "MAX_BODY", 100000):
-                    error = self.fails(bpx.APIError, server.url, 0.3, 0.7)
+                    error = self.fails(bpx.APIError, server.url, timeout)
                 status = int(reason[:3]) if reason[:3].isdigit() else 400
                 self.assertEqual((error.status, error.body), (status, body))
                 self.assertEqual(self.ask(server.url), connection)
@@ -1953,18 +1824,18 @@ class Transport(SecretsCase):
                     self.assertEqual(self.ask(server.url), 1)
 
     def test_max_idle(self):
-        with mock.patch("time.monotonic", return_value=0) as clock:
-            with ScriptedServer() as server:
-                # Seconds, the connection of the request that is sent then.
-                for now, connection in [
-                    *((0, 1), (14.9, 1), (29.8, 1), (44.7, 1)),
-                    *((59.7, 2), (59.7, 2), (80, 3)),
-                ]:
-                    clock.return_value = now
-                    self.assertEqual(self.ask(server.url), connection)
-                with mock.patch.object(bpx, "MAX_IDLE", 0):
-                    self.assertEqual(self.ask(server.url), 4)
-                    self.assertEqual(self.ask(server.url), 5)
+        clock = mock.patch("time.monotonic")
+        with clock as clock, ScriptedServer() as server:
+            # The connection of the request that is sent at that second.
+            for seconds, connection in [
+                *((0, 1), (14.9, 1), (29.8, 1), (44.7, 1)),
+                *((59.7, 2), (59.7, 2), (80, 3)),
+            ]:
+                clock.return_value = seconds
+                self.assertEqual(self.ask(server.url), connection)
+            with mock.patch.object(bpx, "MAX_IDLE", 0):
+                self.assertEqual(self.ask(server.url), 4)
+                self.assertEqual(self.ask(server.url), 5)
 
     def test_a_connection_that_cannot_be_checked_is_replaced(self):
         with ScriptedServer() as server:
@@ -1980,8 +1851,7 @@ class Transport(SecretsCase):
                 for server in (one, two, tls) * 2:
                     self.assertEqual(self.ask(server.url), 1)
                 self.assertEqual(self.ask(f"http://127.0.0.1:{one.port}"), 2)
-                url = f"https{one.url[4:]}"
-                self.fails(bpx.NotSentError, url, 0.2, 0.7)
+                self.fails(bpx.NotSentError, f"https{one.url[4:]}", 0.1)
                 self.assertEqual(self.ask(one.url), 1)
 
     def test_a_connection_for_each_thread(self):
@@ -1996,16 +1866,9 @@ class Transport(SecretsCase):
                 self.assertEqual(found, [1, 2, 1])
 
     def test_interrupts(self):
-        scripts = [
-            [interrupt],
-            [interrupt, 0.05, TWO],
-            [HEAD, interrupt],
-            [LENGTH % 4 + b"{}", 0.05, interrupt],
-            [sized(BAD, b"1234")[:-2], 0.05, interrupt],
-        ]
         for error in (KeyboardInterrupt, SystemExit):
             self.raise_on_interrupt(error)
-            for kind, script in itertools.product(BOTH, scripts):
+            for kind, script in itertools.product(BOTH, INTERRUPTED):
                 with self.subTest(script, kind=kind), kind(script) as server:
                     try:
                         self.order(server.url)
@@ -2016,7 +1879,6 @@ class Transport(SecretsCase):
                     self.assertEqual(self.ask(server.url), 2)
 
     def test_an_interrupt_while_connecting(self):
-        self.raise_on_interrupt()
         with ScriptedServer() as plain:  # which never answers TLS
             thread = threading.Timer(0.1, interrupt, [None])
             thread.start()
@@ -2032,33 +1894,29 @@ class Transport(SecretsCase):
             self.assertTrue(proxy.has_closed(1))
 
     def test_proxy(self):
-        with TLSScriptedServer() as tls:
-            script = [HEAD + b"\r\n", relay_to(tls.port)]
-            with ScriptedServer(script) as proxy:
-                url = f"http://me:p%40ss@localhost:{proxy.port}"
-                os.environ["https_proxy"] = url
-                self.assertEqual(self.ask(tls.url), 1)
-                self.order(tls.url)
-                (line, headers), *more = proxy.seen
-                self.assertRegex(line, f"^CONNECT localhost:{tls.port} HTTP")
-                credentials = headers["Proxy-Authorization"]
-                self.assertEqual(credentials, "Basic bWU6cEBzcw==")
-                names = {name.lower() for name in headers}
-                self.assertLessEqual(names, {"host", "proxy-authorization"})
-                self.assertEqual(more, [])
-                self.assertEqual(len(tls.seen), 2)
-                for line, headers in tls.seen:
-                    self.assertEqual(headers["Host"], f"localhost:{tls.port}")
-                    self.assertNotIn("Proxy-Authorization", headers)
-
-    def test_proxy_without_a_password(self):
-        with TLSScriptedServer() as tls:
-            script = [HEAD + b"\r\n", relay_to(tls.port)]
-            with ScriptedServer(script) as proxy:
-                os.environ["https_proxy"] = f"localhost:{proxy.port}"
-                self.assertEqual(self.ask(tls.url), 1)
-                headers = proxy.seen[0][1]
-                self.assertNotIn("Proxy-Authorization", headers)
+        for user, password in [
+            ("me:p%40ss@", ["Basic bWU6cEBzcw=="]),
+            ("", None),
+        ]:
+            with TLSScriptedServer() as tls:
+                script = [HEAD + b"\r\n", relay_to(tls.port)]
+                with ScriptedServer(script) as proxy:
+                    url = f"http://{user}localhost:{proxy.port}"
+                    os.environ["https_proxy"] = url
+                    self.assertEqual(self.ask(tls.url), 1)
+                    self.order(tls.url)
+                    (line, headers), *more = proxy.seen
+                    self.assertRegex(line, f"^CONNECT localhost:{tls.port} ")
+                    sent = headers.get_all("Proxy-Authorization")
+                    self.assertEqual(sent, password)
+                    names = {name.lower() for name in headers}
+                    self.assertLessEqual(
+                        names, {"host", "proxy-authorization"}
+                    )
+                    self.assertEqual(more, [])
+                    for line, headers in tls.seen:
+                        self.assertEqual(headers["Host"], tls.url[8:])
+                        self.assertNotIn("Proxy-Authorization", headers)
 
     def test_credentials_of_a_proxy(self):
         for credentials, sent in [
@@ -2072,7 +1930,7 @@ class Transport(SecretsCase):
             with ScriptedServer(script) as proxy:
                 url = f"http://{credentials}@localhost:{proxy.port}"
                 os.environ["https_proxy"] = url
-                self.fails(bpx.NotSentError, "https://a.example", 1, 2)
+                self.fails(bpx.NotSentError, "https://a.example")
                 found = proxy.seen[0][1]["Proxy-Authorization"].split()
                 self.assertEqual(found[0], "Basic")
                 self.assertEqual(base64.b64decode(found[1]).decode(), sent)
@@ -2099,8 +1957,8 @@ class Transport(SecretsCase):
         self.assertIn("reply: 'HTTP/1.1 200 OK", output.getvalue())
 
     def test_one_timeout_for_all_of_a_response(self):
-        with ScriptedServer([HEAD, 0.4, b"A: b\r\n", 1]) as server:
-            self.fails(bpx.UnknownOutcomeError, server.url, 0.5, 0.8)
+        with ScriptedServer([HEAD, 0.3, b"A: b\r\n", 2]) as server:
+            self.fails(bpx.UnknownOutcomeError, server.url, 0.4, 0.65)
 
     def test_a_timeout_between_two_reads(self):
         text = r"\APOST /api/v1/order: TimeoutError: timed out\Z"
@@ -2113,14 +1971,14 @@ class Transport(SecretsCase):
                     self.order(server.url, 0.5)
 
     def test_each_request_has_its_own_timeout(self):
-        with ScriptedServer([TWO], [0.3, TWO]) as server:
+        with ScriptedServer([TWO], [0.2, TWO]) as server:
             self.order(server.url, 0.1)
             self.order(server.url, 2)
             self.assertEqual(self.ask(server.url), 1)
 
     def test_the_timeout_for_sending(self):
         params = {"a": "b" * 2**24}  # more than what is sent without reading
-        for first, second, wait in [(0.2, 5, 0.4), (5, 0.2, 2)]:
+        for first, second, wait in [(0.1, 5, 0.2), (5, 0.1, 2)]:
             with ScriptedServer([TWO, wait]) as server:
                 self.order(server.url, first)
                 options = {"base_url": server.url, "timeout": second}
@@ -2136,18 +1994,21 @@ class Transport(SecretsCase):
         for text, script in REASONS:
             with self.subTest(text), ScriptedServer(script) as server:
                 with mock.patch.object(bpx, "MAX_BODY", 100000):
-                    with self.assertRaises(bpx.UnknownOutcomeError) as caught:
-                        self.order(server.url, 0.2)
+                    timeout = 5 if script else 0.1
+                    error = self.fails(
+                        bpx.UnknownOutcomeError, server.url, timeout
+                    )
                 text = rf"\APOST /api/v1/order: {text}\Z"
-                self.assertRegex(str(caught.exception), text)
-                self.assertIs(caught.exception.outcome_unknown, True)
-                self.assertIsInstance(caught.exception.__cause__, Exception)
-        with self.assertRaises(bpx.NotSentError) as caught:
-            bpx.get("/p", {"a": "b"}, base_url="http://127.0.0.1:1")
-        text = r"\AGET /p: ConnectionRefusedError: \[Errno \d+\] [^\n]+\Z"
-        self.assertRegex(str(caught.exception), text)
-        self.assertIs(caught.exception.outcome_unknown, False)
-        self.assertIsInstance(caught.exception.__cause__, OSError)
+                self.assertRegex(str(error), text)
+                self.assertIs(error.outcome_unknown, True)
+                self.assertIsInstance(error.__cause__, Exception)
+        error = self.fails(bpx.NotSentError, "http://127.0.0.1:1")
+        text = (
+            r"\APOST /api/v1/order: ConnectionRefusedError: \[Errno \d+\] .+\Z"
+        )
+        self.assertRegex(str(error), text)
+        self.assertIs(error.outcome_unknown, False)
+        self.assertIsInstance(error.__cause__, OSError)
 
     def test_certificates_are_loaded_once(self):
         last = [HEAD + CLOSE + REST]
@@ -2167,34 +2028,29 @@ class Transport(SecretsCase):
             with self.subTest(status), ScriptedServer() as other:
                 head = f"HTTP/1.1 {status} Moved\r\nLocation: {other.url}/\r\n"
                 with ScriptedServer([head.encode() + REST]) as server:
-                    error = self.fails(bpx.APIError, server.url, 5, 1)
+                    error = self.fails(bpx.APIError, server.url)
                     self.assertEqual(error.status, status)
-                    self.assertEqual(
-                        error.headers["location"], other.url + "/"
-                    )
+                    location = error.headers["location"]
+                    self.assertEqual(location, f"{other.url}/")
                     self.assertEqual(self.ask(server.url), 1)
                 self.assertEqual(other.seen, [])
 
     def test_memory_errors(self):
         with ScriptedServer([TWO], [sized(BAD, b"[1]")]) as server:
             with mock.patch("bpx._read_body", side_effect=MemoryError):
-                self.fails(bpx.UnknownOutcomeError, server.url, 5, 1)
-                error = self.fails(bpx.APIError, server.url, 5, 1)
+                self.fails(bpx.UnknownOutcomeError, server.url)
+                error = self.fails(bpx.APIError, server.url)
             self.assertEqual((error.status, error.body), (400, None))
             self.assertEqual(self.ask(server.url), 3)
 
     def test_child_interpreters(self):
         python = [sys.executable, "-W", "error", "-X", "dev", "-c"]
-        options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
         for reason, scripts, code, printed in CHILDREN:
             with self.subTest(reason), ScriptedServer(*scripts) as plain:
                 with TLSScriptedServer(*scripts) as tls:
-                    child = subprocess.run(
-                        [*python, CHILD + code, plain.url, tls.url],
-                        timeout=20,
-                        cwd=str(HERE),
-                        **options,
-                    )
+                    argv = [*python, CHILD + code, plain.url, tls.url]
+                    child = subprocess.run(argv, timeout=20, cwd=HERE, **pipes)
                 self.assertEqual(child.stderr.decode(), "")
                 self.assertEqual(child.stdout.decode().split(), printed)
 
@@ -2308,6 +2164,48 @@ USAGES = [
     (["POST", "/p", "a=b", "--json", ""], BOTH_WAYS + "$"),
     (["POST", "/p", "a=b", "a=c"], "ValueError: pass the name 'a' only once$"),
 ]
+# Arguments, standard input; the body that is sent.
+GIVEN_PARAMS = [
+    ([], "", {}),
+    (["symbol=SOL_USDC", "a=b=c:=d", "e="], "", {"symbol": "SOL_USDC", "a": "b=c:=d", "e": ""}),
+    (["n:=5", "b:=true", 'l:=["A","B"]', "u:=null", "é=ü"], "", {"n": 5, "b": True, "l": ["A", "B"], "é": "ü"}),
+    (["--json", '{"symbol": "é", "n": [1]}'], "", {"symbol": "é", "n": [1]}),
+    (["--json", "-"], '[{"symbol": "é"}, {"symbol": "B"}]', [{"symbol": "é"}, {"symbol": "B"}]),
+]
+# Secret key, arguments; what is printed at 1750793021519, with signatures of VECTORS.
+DRY_RUNS = [
+    (GUIDE_KEY, ["post", "/wapi/v1/capital/withdrawals", "address=rAddr?dt=1 x/+&%é", "blockchain=XRP", "quantity=10.00", "symbol=XRP"], """\
+POST URL/wapi/v1/capital/withdrawals
+instruction=withdraw&address=rAddr?dt=1 x/+&%é&blockchain=XRP&quantity=10.00&symbol=XRP&timestamp=1750793021519&window=5000
+User-Agent: bpx.py/VERSION
+X-API-Key: 5+yQgwU0ZdJ/9s+GXfuPFfo7yQQpl9CgvQedJXne30o=
+X-Signature: Zv/poQOowbPYcDlpMG8QmseVCLHKBpvRk/jkT/B+i8+d/4G++akjRm3aUH4b1J/Bk2Jijwbifx2Vynqhu7c+DQ==
+X-Timestamp: 1750793021519
+X-Window: 5000
+Content-Type: application/json; charset=utf-8
+{"address":"rAddr?dt=1 x/+&%é","blockchain":"XRP","quantity":"10.00","symbol":"XRP"}
+"""),
+    (GUIDE_KEY, ["GET", "/p", "--instruction", "accountQuery", "--window", "60000"], """\
+GET URL/p
+instruction=accountQuery&timestamp=1750793021519&window=60000
+User-Agent: bpx.py/VERSION
+X-API-Key: 5+yQgwU0ZdJ/9s+GXfuPFfo7yQQpl9CgvQedJXne30o=
+X-Signature: g7E4vz90JXPe6V/SIQs3+wTl0hawzDWFcYkNE+TzIjHF31xuyme7Pd25Md+SP0mDR1sERzkPKpp63DKrBmZ8CA==
+X-Timestamp: 1750793021519
+X-Window: 60000
+"""),
+    (None, ["GET", "/p", "a=b c"], "GET URL/p?a=b%20c\nUser-Agent: bpx.py/VERSION\n"),
+]
+# Response, arguments; exit status, pattern of the line on standard error.
+FAILED = b'{"code":"C","message":"a\\nb\\u001b[1m"}'
+EXECUTED = r" \(the request may have been executed\)"
+FAILURES = [
+    ((400, {}, FAILED), [], 1, r"APIError: GET /p: 400 C a b \[1m"),
+    ((408, {}, FAILED), [], 4, rf"APIError: GET /p: 408 C a b \[1m{EXECUTED}"),
+    ((503, {}, FAILED), [], 4, rf"APIError: GET /p: 503 C a b \[1m{EXECUTED}"),
+    ((200, {"Transfer-Encoding": "x"}, b""), [], 4, rf"UnknownOutcomeError: GET /p: .*{EXECUTED}"),
+    (None, ["--base-url", "http://127.0.0.1:1"], 3, r"NotSentError: GET /p: .* \(nothing was sent\)"),
+]
 # fmt: on
 
 
@@ -2335,54 +2233,25 @@ class CommandLine(ExchangeCase):
         self.assertNotIn(GUIDE_KEY, output.getvalue() + errors.getvalue())
         return status or 0, output.getvalue(), errors.getvalue()
 
-    def test_a_signed_request(self):
+    def test_params(self):
         self.exchange.answer = (200, {}, '{"id":"1","é":[]}'.encode())
-        for argv, params in [
-            ([], {}),
-            (
-                ["symbol=SOL_USDC", "a=b=c:=d", "e="],
-                {"symbol": "SOL_USDC", "a": "b=c:=d", "e": ""},
-            ),
-            (
-                ["n:=5", "b:=true", 'l:=["A","B"]', "u:=null", "é=ü"],
-                {"n": 5, "b": True, "l": ["A", "B"], "é": "ü"},
-            ),
-            (
-                ["--json", '{"symbol": "é", "n": [1]}'],
-                {"symbol": "é", "n": [1]},
-            ),
-        ]:
-            with self.subTest(argv=argv):
-                found = self.main("post", "/api/v1/order", *argv)
+        for argv, stdin, params in GIVEN_PARAMS:
+            with self.subTest(argv):
+                argv = ("post", "/api/v1/orders", *argv)
+                found = self.main(*argv, stdin=stdin.encode())
                 expected = '{\n  "id": "1",\n  "\\u00e9": []\n}\n'
                 self.assertEqual(found, (0, expected, ""))
-                verify(self.exchange.seen[-1], "orderExecute")
-                self.assertEqual(self.exchange.seen[-1].body, params)
-
-    def test_standard_input(self):
-        batch = '[{"symbol": "é"}, {"symbol": "B"}]'.encode()
-        found = self.main("POST", "/api/v1/orders", "--json", "-", stdin=batch)
-        self.assertEqual(found, (0, "{}\n", ""))
-        expected = [{"symbol": "é"}, {"symbol": "B"}]
-        self.assertEqual(self.exchange.seen[0].body, expected)
-        found = self.main("POST", "/api/v1/orders", "--json", "-", stdin=b"{")
-        with mock.patch("io.TextIOWrapper", lambda _: None):
-            closed = self.main("POST", "/p", "--json", "-")
-        text = "bpx.py: ValueError: --json -: standard input is closed\n"
-        self.assertEqual(closed, (2, "", text))
-        message = "bpx.py: ValueError: standard input: this JSON is not "
-        self.assertEqual((found[0], found[1]), (2, ""))
-        self.assertTrue(found[2].startswith(message))
+                seen = self.exchange.seen.pop()
+                verify(seen, "orderExecute")
+                self.assertEqual(seen.body, params)
 
     def test_options(self):
-        with mock.patch("bpx.send", wraps=bpx.send) as send, mock.patch(
-            "bpx.build_request", wraps=bpx.build_request
-        ) as build:
-            found = self.main(
-                *("GET", "/api/v1/new", "--instruction", "other", "a=b"),
-                *("--window", "60000", "--timeout", "2.5", "c=d"),
-            )
-            self.assertEqual(found, (0, "{}\n", ""))
+        argv = ("GET", "/api/v1/new", "--instruction", "other", "a=b")
+        argv += ("--window", "60000", "--timeout", "2.5", "c=d")
+        build = mock.patch("bpx.build_request", wraps=bpx.build_request)
+        send = mock.patch("bpx.send", wraps=bpx.send)
+        with build as build, send as send:
+            self.assertEqual(self.main(*argv), (0, "{}\n", ""))
             self.assertEqual(build.call_count, 1)
             self.assertEqual(send.call_args[1], {"timeout": 2.5})
             verify(self.exchange.seen[0], "other")
@@ -2405,50 +2274,15 @@ class CommandLine(ExchangeCase):
             self.assertEqual(found, (0, '"pong"\n', ""))
             self.assertIsNone(self.exchange.seen.pop().headers["X-API-Key"])
 
-    def test_dry_run(self):
-        clock = itertools.count(1750793021519 * 10**6, 10**6)
-        with mock.patch("time.time_ns", side_effect=clock):
-            found = self.main(
-                *("post", "/api/v1/order", "--window", "6000", "--dry-run"),
-                *("symbol=é", "b:=true"),
-            )
-        url, text, *headers, body = found[1].splitlines()
-        self.assertEqual((found[0], found[2]), (0, ""))
-        self.assertEqual(self.exchange.seen, [])
-        self.assertEqual(url, f"POST {self.exchange.url}/api/v1/order")
-        expected = (
-            "instruction=orderExecute&b=true&symbol=é"
-            "&timestamp=1750793021519&window=6000"
-        )
-        self.assertEqual(text, expected)
-        self.assertEqual(body, '{"b":true,"symbol":"é"}')
-        headers = [line.split(": ") for line in headers]
-        signature = base64.b64decode(dict(headers)["X-Signature"])
-        public = base64.b64decode(API_KEYS[GUIDE_KEY])
-        nacl.signing.VerifyKey(public).verify(text.encode(), signature)
-        self.assertEqual(
-            [line for line in headers if line[0] != "X-Signature"],
-            [
-                ["User-Agent", f"bpx.py/{bpx.__version__}"],
-                ["X-API-Key", API_KEYS[GUIDE_KEY]],
-                ["X-Timestamp", "1750793021519"],
-                ["X-Window", "6000"],
-                ["Content-Type", "application/json; charset=utf-8"],
-            ],
-        )
-
-    def test_dry_runs_of_other_requests(self):
-        agent = f"User-Agent: bpx.py/{bpx.__version__}"
-        found = self.main("GET", "/p", "a=b c", "--dry-run", key=None)
-        url = f"GET {self.exchange.url}/p?a=b%20c"
-        self.assertEqual(found, (0, f"{url}\n{agent}\n", ""))
-        found = self.main(
-            *("GET", "/p", "--dry-run", "--instruction", "other", "a=b")
-        )
-        url = f"GET {self.exchange.url}/p?a=b"
-        self.assertEqual(found[1].splitlines()[0], url)
-        text = r"^instruction=other&a=b&timestamp=\d+&window=5000$"
-        self.assertRegex(found[1].splitlines()[1], text)
+    def test_dry_runs(self):
+        for key, argv, expected in DRY_RUNS:
+            clock = itertools.count(1750793021519 * 10**6, 10**6)
+            with mock.patch("time.time_ns", side_effect=clock):
+                found = self.main("--dry-run", *argv, key=key)
+            expected = expected.replace("URL", self.exchange.url)
+            expected = expected.replace("VERSION", bpx.__version__)
+            self.assertEqual(found, (0, expected, ""))
+            self.assertEqual(self.exchange.seen, [])
 
     def test_usage(self):
         for argv, pattern in USAGES:
@@ -2457,41 +2291,23 @@ class CommandLine(ExchangeCase):
                 self.assertEqual((status, output), (2, ""))
                 self.assertRegex(errors, r"\A[^\n]*\n\Z")
                 self.assertRegex(errors[:-1], r"\Abpx\.py: " + pattern)
-                self.assertEqual(self.exchange.seen, [])
-        found = self.main("GET", "/api/v1/order", key=None)
-        text = "bpx.py: ValueError: to sign this, set BPX_SECRET_KEY\n"
-        self.assertEqual(found, (2, "", text))
-        found = self.main("GET", "/api/v1/order", key="x")
-        text = (
-            "bpx.py: ValueError: secret_key: pass the base64 of 32 bytes; "
-            "these 1 characters are not base64\n"
-        )
+        for key, text in (None, "to sign this, set BPX_SECRET_KEY"), BAD_KEYS[
+            5
+        ]:
+            found = self.main("GET", "/api/v1/order", key=key)
+            self.assertEqual(found, (2, "", f"bpx.py: ValueError: {text}\n"))
+        with mock.patch("io.TextIOWrapper", lambda _: None):
+            found = self.main("POST", "/p", "--json", "-")
+        text = "bpx.py: ValueError: --json -: standard input is closed\n"
         self.assertEqual(found, (2, "", text))
         self.assertEqual(self.exchange.seen, [])
 
     def test_failures(self):
-        answer = b'{"code":"C","message":"a\\nb\\u001b[1m"}'
-        for status, expected, note in [
-            (400, 1, ""),
-            (408, 4, " (the request may have been executed)"),
-            (503, 4, " (the request may have been executed)"),
-        ]:
-            self.exchange.answer = (status, {}, answer)
-            text = f"bpx.py: APIError: GET /p: {status} C a b [1m{note}\n"
-            self.assertEqual(self.main("GET", "/p"), (expected, "", text))
-        closed = ("--base-url", "http://127.0.0.1:1")
-        found = self.main("GET", "/p", *closed)
-        self.assertEqual(found[:2], (3, ""))
-        text = r"\Abpx\.py: NotSentError: GET /p: .* \(nothing was sent\)\n\Z"
-        self.assertRegex(found[2], text)
-        self.exchange.answer = (200, {"Transfer-Encoding": "x"}, b"")
-        found = self.main("GET", "/p")
-        self.assertEqual(found[:2], (4, ""))
-        text = (
-            r"\Abpx\.py: UnknownOutcomeError: GET /p: .* "
-            r"\(the request may have been executed\)\n\Z"
-        )
-        self.assertRegex(found[2], text)
+        for answer, argv, status, pattern in FAILURES:
+            self.exchange.answer = answer
+            found = self.main("GET", "/p", *argv)
+            self.assertEqual(found[:2], (status, ""))
+            self.assertRegex(found[2], rf"\Abpx\.py: {pattern}\n\Z")
 
     def test_help(self):
         with mock.patch.dict(os.environ, COLUMNS="80"):
@@ -2504,8 +2320,6 @@ class CommandLine(ExchangeCase):
 
     def test_as_a_script(self):
         url = ("--base-url", self.exchange.url)
-        found = command("GET", "/api/v1/ping", *url)
-        self.assertEqual(found, (0, "{}\n", ""))
         found = command("GET", "/api/v1/order", *url, "é=b", key=GUIDE_KEY)
         self.assertEqual(found, (0, "{}\n", ""))
         found = command("POST", "/p", "--json", "-", *url, stdin=b'{"a":1}')
@@ -2534,18 +2348,19 @@ class CommandLine(ExchangeCase):
             self.assertEqual(found, (0, "", ""))
 
     def test_a_full_disk(self):
-        url = ("--base-url", self.exchange.url)
-        for options, expected in ([], 4), (["--dry-run"], 2):
-            with open("/dev/full", "wb") as full:
-                found = command("GET", "/p", *url, *options, stdout=full)
-            self.assertEqual(found[0], expected)
-            text = r"\Abpx\.py: cannot print: OSError: .*\n\Z"
-            self.assertRegex(found[2], text)
-        with open("/dev/full", "wb") as full:
-            for argv, expected in (["GET", "/p?"], 2), (["GET", "/p"], 3):
-                url = ("--base-url", "http://127.0.0.1:1")
-                found = command(*argv, *url, stderr=full)
-                self.assertEqual(found, (expected, "", ""))
+        sent, closed = self.exchange.url, "http://127.0.0.1:1"
+        text = r"\Abpx\.py: cannot print: OSError: .*\n\Z"
+        for stream, base_url, argv, status, pattern in [
+            ("stdout", sent, ["/p"], 4, text),
+            ("stdout", sent, ["/p", "--dry-run"], 2, text),
+            ("stderr", closed, ["/p?"], 2, r"\A\Z"),
+            ("stderr", closed, ["/p"], 3, r"\A\Z"),
+        ]:
+            with self.subTest(argv), open("/dev/full", "wb") as full:
+                argv = ["GET", *argv, "--base-url", base_url]
+                found = command(*argv, **{stream: full})
+                self.assertEqual(found[:2], (status, ""))
+                self.assertRegex(found[2], pattern)
 
     def test_closed_streams(self):
         url = ("--base-url", self.exchange.url)
@@ -2562,51 +2377,54 @@ class CommandLine(ExchangeCase):
             (io.StringIO(), None, ["--timeout", "0"], 2, "", None),
             (io.StringIO(), closed, ["--timeout", "0"], 2, "", 2),
         ]:
+            streams = {"stdout": output, "stderr": errors}
             with self.subTest(options, status=status), mock.patch.multiple(
-                "sys", stdout=output, stderr=errors
+                "sys", **streams
             ), mock.patch("os.dup2") as dup2:
                 with self.assertRaises(SystemExit) as caught:
                     bpx.main(["GET", "/p", *url, *options])
             self.assertEqual(caught.exception.code, status)
             self.assertEqual((output or errors).getvalue(), printed)
-            self.assertEqual(dup2.called, descriptor is not None)
-            if dup2.called:
-                self.assertEqual(dup2.call_args[0][1], descriptor)
-                os.close(dup2.call_args[0][0])
+            self.assert_redirected(dup2, descriptor)
+
+    def assert_redirected(self, dup2, descriptor):
+        """The null device was put in the place of that descriptor, or none."""
+        found = [call[0][1] for call in dup2.call_args_list]
+        self.assertEqual(found, [] if descriptor is None else [descriptor])
+        for call in dup2.call_args_list:
+            os.close(call[0][0])
 
     def test_what_was_sent_is_not_called_untried(self):
-        for error, status, text in [
-            (MemoryError, 4, "bpx.py: cannot print: MemoryError\n"),
-            (
-                KeyboardInterrupt,
-                4,
-                "bpx.py: cannot print: KeyboardInterrupt\n",
-            ),
-            (BrokenPipeError, 0, ""),
+        for error, status in [
+            (MemoryError, 4),
+            (KeyboardInterrupt, 4),
+            (BrokenPipeError, 0),
         ]:
+            text = (
+                f"bpx.py: cannot print: {error.__name__}\n" if status else ""
+            )
             with mock.patch("json.dumps", side_effect=error):
                 with mock.patch("os.dup2") as dup2:
                     found = self.main("GET", "/p")
             self.assertEqual(found, (status, "", text))
-            self.assertEqual(dup2.call_args[0][1], 1)
-            os.close(dup2.call_args[0][0])
+            self.assert_redirected(dup2, 1)
 
     def test_interrupts(self):
-        text = "bpx.py: interrupted (the request may have been executed)\n"
-        for error, found in [
-            (KeyboardInterrupt, (4, "", text)),
-            (SystemExit(7), (7, "", "")),
-            (MemoryError, (2, "", "bpx.py: MemoryError\n")),
+        sent = "bpx.py: interrupted (the request may have been executed)\n"
+        unsent = "bpx.py: interrupted (nothing was sent)\n"
+        memory = "bpx.py: MemoryError\n"
+        # Error, status and message where sending or reading params fails.
+        for error, while_sending, before in [
+            (KeyboardInterrupt, (4, "", sent), (2, "", unsent)),
+            (SystemExit(7), (7, "", ""), (7, "", "")),
+            (MemoryError, (2, "", memory), (2, "", memory)),
         ]:
+            argv = ("POST", "/p", "a:=1")
             with mock.patch("bpx.request", side_effect=error):
-                self.assertEqual(self.main("POST", "/p", "a:=1"), found)
-            if error is KeyboardInterrupt:
-                text = "bpx.py: interrupted (nothing was sent)\n"
-                found = (2, "", text)
+                self.assertEqual(self.main(*argv), while_sending)
             with mock.patch("json.loads", side_effect=error):
-                self.assertEqual(self.main("POST", "/p", "a:=1"), found)
-                options = ("a:=1", "--dry-run")
-                self.assertEqual(self.main("POST", "/p", *options), found)
+                self.assertEqual(self.main(*argv), before)
+                self.assertEqual(self.main(*argv, "--dry-run"), before)
         with mock.patch("json.dumps", side_effect=SystemExit(7)):
             self.assertEqual(self.main("GET", "/p"), (7, "", ""))
 
@@ -2639,21 +2457,20 @@ class RestrictedPlaces(ExchangeCase):
         before = f"sys.path.insert(0, {str(folder)!r})\n{before}"
         url = self.exchange.url
         code = PROBE.format(before=before, url=url, key=GUIDE_KEY)
-        done = subprocess.run(
-            [sys.executable, *flags, "-c", code],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            timeout=20,
-        )
+        argv = [sys.executable, *flags, "-c", code]
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+        done = subprocess.run(argv, timeout=20, **pipes)
         return done.stdout.decode().strip()
 
     def test_flags(self):
-        for flags in (["-O"], ["-OO"], ["-W", "error", "-X", "dev", "-bb"]):
+        for flags, printed in [
+            (["-O"], "signed"),
+            (["-OO"], "signed"),
+            (["-W", "error", "-X", "dev", "-bb"], "signed"),
+            (["-I", "-S", "-E"], "unsigned"),  # nothing is installed
+        ]:
             with self.subTest(flags):
-                self.assertEqual(self.probe(*flags), "signed")
-
-    def test_nothing_installed(self):
-        self.assertEqual(self.probe("-I", "-S", "-E"), "unsigned")
+                self.assertEqual(self.probe(*flags), printed)
 
     def test_places(self):
         with tempfile.TemporaryDirectory() as folder:
@@ -2667,18 +2484,16 @@ class RestrictedPlaces(ExchangeCase):
             os.chmod(folder, 0o755)
 
     def test_without_ssl(self):
-        before = "sys.modules['ssl'] = sys.modules['_ssl'] = None"
-        self.assertEqual(self.probe(before=before), "signed")
-        before += """
+        before = """
+sys.modules['ssl'] = sys.modules['_ssl'] = None
 import bpx
 try:
     bpx.get("/api/v1/ping", base_url="https://127.0.0.1:1")
 except bpx.NotSentError as error:
     print(error)
 """
-        self.assertRegex(
-            self.probe(before=before), "ImportError|NotFoundError"
-        )
+        pattern = r"\AGET /api/v1/ping: ModuleNotFoundError: .*\nsigned\Z"
+        self.assertRegex(self.probe(before=before), pattern)
 
     def test_without_zlib(self):
         before = "sys.modules['zlib'] = None"
@@ -2717,27 +2532,40 @@ raise SystemExit("loaded: %s" % [n for n in sys.modules if "nacl" in n])
         self.assertEqual(self.probe(before=before), "loaded: []")
 
 
+# fmt: off
+# Outcome of the order, those of the queries; what the recipe of the README prints or raises.
+FOUND = [{"clientId": 41}, {"clientId": 42, "status": "Filled"}]
+FATES = [
+    (bpx.UnknownOutcomeError, [{"id": "5"}], "{'id': '5'}"),
+    (bpx.UnknownOutcomeError, [404, FOUND], "{'clientId': 42, 'status': 'Filled'}"),
+    (503, [404, FOUND[:1]], "None"),
+    ("<html>", [404, FOUND], "{'clientId': 42, 'status': 'Filled'}"),
+    (400, [], bpx.APIError),
+    (503, [500], bpx.APIError),
+    (bpx.NotSentError, [], bpx.NotSentError),
+]
+# fmt: on
+
+
 class Documents(ExchangeCase):
     def test_module(self):
         result = doctest.testmod(bpx)
         self.assertEqual(result.failed, 0)
         self.assertGreater(result.attempted, 5)
-
-    def test_version(self):
         line = (HERE / "bpx.py").read_text(encoding="utf-8").splitlines()[0]
         self.assertTrue(line.startswith(f"# bpx.py {bpx.__version__} - "))
 
     def run_block(self, block):
         """What a Python block of the README prints, run against the fake."""
-        defaults = bpx.request.__kwdefaults__
-        base_url = {"base_url": self.exchange.url}
-        with mock.patch.dict(defaults, base_url), mock.patch.dict(
-            bpx.build_request.__kwdefaults__, base_url
-        ), mock.patch.dict(os.environ, BPX_SECRET_KEY=GUIDE_KEY), mock.patch(
-            "time.sleep"
-        ) as self.sleep:
-            with contextlib.redirect_stdout(io.StringIO()) as output:
-                exec(compile(block, "README.md", "exec"), {})
+        output, url = io.StringIO(), {"base_url": self.exchange.url}
+        with contextlib.ExitStack() as stack:
+            for call in (bpx.request, bpx.build_request):
+                stack.enter_context(mock.patch.dict(call.__kwdefaults__, url))
+            key = mock.patch.dict(os.environ, BPX_SECRET_KEY=GUIDE_KEY)
+            stack.enter_context(key)
+            self.sleep = stack.enter_context(mock.patch("time.sleep"))
+            stack.enter_context(contextlib.redirect_stdout(output))
+            exec(compile(block, "README.md", "exec"), {})
         return output.getvalue()
 
     def test_readme(self):
@@ -2760,31 +2588,22 @@ class Documents(ExchangeCase):
                     self.assertIn("1750793021519", self.run_block(block))
 
     def test_the_fate_of_an_order(self):
-        (block,) = re.findall(
-            "```python\n([^`]*find_order.*?)```", README, re.S
-        )
-        found = [{"clientId": 41}, {"clientId": 42, "status": "Filled"}]
-        for post, get, printed in [
-            (bpx.UnknownOutcomeError, [{"id": "5"}], "{'id': '5'}"),
-            (bpx.UnknownOutcomeError, [404, found], str(found[1])),
-            (503, [404, found[:1]], "None"),
-            ("<html>", [404, found], str(found[1])),
-            (400, [], bpx.APIError),
-            (503, [500], bpx.APIError),
-            (bpx.NotSentError, [], bpx.NotSentError),
-        ]:
-            built = bpx.build_request("GET", "/p")
+        pattern = "```python\n([^`]*find_order.*?)```"
+        (block,) = re.findall(pattern, README, re.S)
+        built = bpx.build_request("GET", "/p")
 
-            def error(cause):
-                if cause in (bpx.UnknownOutcomeError, bpx.NotSentError):
-                    return cause(built, "lost")
-                if isinstance(cause, int):
-                    return bpx.APIError(built, cause, None, {})
-                return cause
+        def effect(outcome):
+            """What a call returns or raises, for a status or an error."""
+            if outcome in (bpx.UnknownOutcomeError, bpx.NotSentError):
+                return outcome(built, "lost")
+            if isinstance(outcome, int):
+                return bpx.APIError(built, outcome, None, {})
+            return outcome
 
+        for post, get, printed in FATES:
             with self.subTest(post=post, get=get), mock.patch(
-                "bpx.post", side_effect=[error(post)]
-            ), mock.patch("bpx.get", side_effect=map(error, get)) as called:
+                "bpx.post", side_effect=[effect(post)]
+            ), mock.patch("bpx.get", side_effect=map(effect, get)) as called:
                 with mock.patch("random.randrange", return_value=42):
                     if isinstance(printed, str):
                         printed = f"clientId: 42\n{printed}\n"
