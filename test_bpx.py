@@ -58,97 +58,70 @@ API_KEYS = {
     SECOND_KEY: "zDIJj9qneWIY0IYZ5aXoHcNMCm+XDhVcTssiT0HyY0A=",
 }
 
-# Name, secret key, instruction, params, timestamp, window, canonical string
-# and signature. The comment above a row is its source. The signatures were
+# Name, secret key, instruction, timestamp, window, params; canonical string;
+# signature. The comment above a row is its source. The signatures were
 # made with cryptography, and most of them also with bpx-py 2.0.11,
 # backpack-exchange-sdk 1.1.4 and openssl; never with bpx.py.
 # fmt: off
 VECTORS = [
-    # Backpack Exchange Python API guide, Retrieving a Deposit Address (parameters and key; timestamp
-    # fixed here)
-    ("deposit address", GUIDE_KEY, "depositAddressQuery",
-     {"blockchain": "Solana"}, 1750793021519, 5000,
+    # Backpack Exchange Python API guide, Retrieving a Deposit Address (parameters and key; timestamp fixed here)
+    ("deposit address", GUIDE_KEY, "depositAddressQuery", 1750793021519, 5000, {"blockchain": "Solana"},
      "instruction=depositAddressQuery&blockchain=Solana&timestamp=1750793021519&window=5000",
      "UP5Dl28ZNszPhy8HHPZbmLlh+3R46/6Ssbk8vj987syjWCNUJnhNey4RDkfKD5WWzun6iPKUL5++7A0piffrDg=="),
-    # Backpack Exchange Python API guide, Executing an Order (parameters and key; timestamp fixed
-    # here)
-    ("limit order", GUIDE_KEY, "orderExecute",
-     {"symbol": "SOL_USDC", "side": "Bid", "orderType": "Limit", "price": "170.50",
-      "quantity": "1.0", "timeInForce": "GTC", "clientId": 123456,
-      "selfTradePrevention": "RejectTaker"}, 1750793021519, 5000,
+    # Backpack Exchange Python API guide, Executing an Order (parameters and key; timestamp fixed here)
+    ("limit order", GUIDE_KEY, "orderExecute", 1750793021519, 5000, {"symbol": "SOL_USDC", "side": "Bid", "orderType": "Limit", "price": "170.50", "quantity": "1.0", "timeInForce": "GTC", "clientId": 123456, "selfTradePrevention": "RejectTaker"},
      "instruction=orderExecute&clientId=123456&orderType=Limit&price=170.50&quantity=1.0&selfTradePrevention=RejectTaker&side=Bid&symbol=SOL_USDC&timeInForce=GTC&timestamp=1750793021519&window=5000",
      "KKMji+Yn8YrlqDUFSQNlVt4Wm/KflOp68yytrV6t48DITYfTqaxij8/UY4b+TxJaH0rrAfvSRehrEWdCTc2wAg=="),
     # Backpack Exchange Python API guide, .env example key
-    ("second key of the guide", SECOND_KEY, "orderExecute",
-     {"symbol": "SOL_USDC", "side": "Bid", "orderType": "Limit", "price": "170.50",
-      "quantity": "1.0", "timeInForce": "GTC", "clientId": 123456,
-      "selfTradePrevention": "RejectTaker"}, 1750793021519, 5000,
+    ("second key of the guide", SECOND_KEY, "orderExecute", 1750793021519, 5000, {"symbol": "SOL_USDC", "side": "Bid", "orderType": "Limit", "price": "170.50", "quantity": "1.0", "timeInForce": "GTC", "clientId": 123456, "selfTradePrevention": "RejectTaker"},
      "instruction=orderExecute&clientId=123456&orderType=Limit&price=170.50&quantity=1.0&selfTradePrevention=RejectTaker&side=Bid&symbol=SOL_USDC&timeInForce=GTC&timestamp=1750793021519&window=5000",
      "PDjvYVJO3gquThUnAr01mP2TagNpVK3G1QmuE72WQh7E2mvasfQvRW5lAmXJKEOhWdHxz28SRrGSiugVcCo7BQ=="),
     # docs.backpack.exchange, Signature Generation (string as printed there)
-    ("cancel order", GUIDE_KEY, "orderCancel",
-     {"orderId": 28, "symbol": "BTC_USDT"}, 1614550000000, 5000,
+    ("cancel order", GUIDE_KEY, "orderCancel", 1614550000000, 5000, {"orderId": 28, "symbol": "BTC_USDT"},
      "instruction=orderCancel&orderId=28&symbol=BTC_USDT&timestamp=1614550000000&window=5000",
      "aKisDELOQeekrU+Up7rS/6gZBp0qunOsPwThvby1n5TaohLLP7NghvHoc4peKNGCg/rWC1gtiOKKSW2xNxCGAQ=="),
     # docs.backpack.exchange, Signature Generation (string as printed there)
-    ("batch of orders", GUIDE_KEY, "orderExecute",
-     [{"symbol": "SOL_USDC_PERP", "side": "Bid", "orderType": "Limit", "price": "141",
-      "quantity": "12"}, {"symbol": "SOL_USDC_PERP", "side": "Bid", "orderType": "Limit",
-      "price": "140", "quantity": "11"}], 1750793021519, 5000,
+    ("batch of orders", GUIDE_KEY, "orderExecute", 1750793021519, 5000, [{"symbol": "SOL_USDC_PERP", "side": "Bid", "orderType": "Limit", "price": "141", "quantity": "12"}, {"symbol": "SOL_USDC_PERP", "side": "Bid", "orderType": "Limit", "price": "140", "quantity": "11"}],
      "instruction=orderExecute&orderType=Limit&price=141&quantity=12&side=Bid&symbol=SOL_USDC_PERP&instruction=orderExecute&orderType=Limit&price=140&quantity=11&side=Bid&symbol=SOL_USDC_PERP&timestamp=1750793021519&window=5000",
      "l1Ktkoi3af0KVm9hiIf8lDont1IjLRb67Qm58QpXwVVYrJrII979yz/Jg3DyC34+r5vyQuS00xAp0QlbA6cpDg=="),
     # docs.backpack.exchange, Signature Generation, last paragraph
-    ("no parameters", GUIDE_KEY, "balanceQuery",
-     None, 1614550000000, 5000,
+    ("no parameters", GUIDE_KEY, "balanceQuery", 1614550000000, 5000, None,
      "instruction=balanceQuery&timestamp=1614550000000&window=5000",
      "4KIbQtbDnOO3IXvJDWPg631l9urKfjqgMt/XxsrcMsQufhyIBIgSVgWM6G50rNdPz0nACkGj2rk/Inh2rfidAA=="),
     # docs.backpack.exchange, Streams, Private (string as printed there)
-    ("private stream subscription", GUIDE_KEY, "subscribe",
-     None, 1614550000000, 5000,
+    ("private stream subscription", GUIDE_KEY, "subscribe", 1614550000000, 5000, None,
      "instruction=subscribe&timestamp=1614550000000&window=5000",
      "/ZisNiUfIIbBKRrLsdRTnZUuMA870U2RQJ+AyGLn0PC6Qb00ZYRSNZMwEItKkCdln555j4MMx1lA2iFuOKImBw=="),
     # Backpack Exchange Python API guide (rule); parameters chosen here
-    ("booleans in lower case", GUIDE_KEY, "orderExecute",
-     {"symbol": "SOL_USDC_PERP", "side": "Ask", "orderType": "Market", "quantity": "2",
-      "reduceOnly": True, "postOnly": False}, 1750793021519, 5000,
+    ("booleans in lower case", GUIDE_KEY, "orderExecute", 1750793021519, 5000, {"symbol": "SOL_USDC_PERP", "side": "Ask", "orderType": "Market", "quantity": "2", "reduceOnly": True, "postOnly": False},
      "instruction=orderExecute&orderType=Market&postOnly=false&quantity=2&reduceOnly=true&side=Ask&symbol=SOL_USDC_PERP&timestamp=1750793021519&window=5000",
      "RW5qEec5zjAmsAcv0dDMAKVOIrkVFOPmfckCLYL2JvBwS2DfkhgvqLCxTbaFmK1zVALXLw4zTDdAic3EogTiDA=="),
     # parameters of GET /wapi/v1/history/fills; chosen here
-    ("integers and reserved words as names", GUIDE_KEY, "fillHistoryQueryAll",
-     {"to": 1750793021519, "from": 1750700000000, "limit": 100, "offset": 0, "symbol": "SOL_USDC"},
-     1750793021519, 5000,
+    ("integers and reserved words as names", GUIDE_KEY, "fillHistoryQueryAll", 1750793021519, 5000, {"to": 1750793021519, "from": 1750700000000, "limit": 100, "offset": 0, "symbol": "SOL_USDC"},
      "instruction=fillHistoryQueryAll&from=1750700000000&limit=100&offset=0&symbol=SOL_USDC&to=1750793021519&timestamp=1750793021519&window=5000",
      "PKK00uHs1iREIQGqRv5TgKb/N5at7JeE4GSJnGrnd39/VupE89FjN4y1Ii7Di7JxgHgDVgknw2vArizjW9HsAQ=="),
     # chosen here
-    ("longest window", GUIDE_KEY, "accountQuery",
-     {}, 1750793021519, 60000,
+    ("longest window", GUIDE_KEY, "accountQuery", 1750793021519, 60000, {},
      "instruction=accountQuery&timestamp=1750793021519&window=60000",
      "g7E4vz90JXPe6V/SIQs3+wTl0hawzDWFcYkNE+TzIjHF31xuyme7Pd25Md+SP0mDR1sERzkPKpp63DKrBmZ8CA=="),
     # chosen here
-    ("names sort by code point", GUIDE_KEY, "orderExecute",
-     {"b": "1", "a": "2", "B": "3", "aa": "4", "A": "5"}, 1750793021519, 5000,
+    ("names sort by code point", GUIDE_KEY, "orderExecute", 1750793021519, 5000, {"b": "1", "a": "2", "B": "3", "aa": "4", "A": "5"},
      "instruction=orderExecute&A=5&B=3&a=2&aa=4&b=1&timestamp=1750793021519&window=5000",
      "c8XMAbL3247X4bRLhgwa/1I/hp3sUMXBcK8j+l5AbamayPMZNxpskn2t78/s7QGWX+1fj5lsmwVfNryyFBLZDA=="),
     # chosen here
-    ("values are signed as they are, not percent-encoded", GUIDE_KEY, "withdraw",
-     {"address": "rAddr?dt=1 x/+&%é", "blockchain": "XRP", "quantity": "10.00", "symbol": "XRP"},
-     1750793021519, 5000,
+    ("values are signed as they are, not percent-encoded", GUIDE_KEY, "withdraw", 1750793021519, 5000, {"address": "rAddr?dt=1 x/+&%é", "blockchain": "XRP", "quantity": "10.00", "symbol": "XRP"},
      "instruction=withdraw&address=rAddr?dt=1 x/+&%é&blockchain=XRP&quantity=10.00&symbol=XRP&timestamp=1750793021519&window=5000",
      "Zv/poQOowbPYcDlpMG8QmseVCLHKBpvRk/jkT/B+i8+d/4G++akjRm3aUH4b1J/Bk2Jijwbifx2Vynqhu7c+DQ=="),
     # chosen here
-    ("unset values are left out", GUIDE_KEY, "orderQueryAll",
-     {"symbol": "SOL_USDC", "marketType": None}, 1750793021519, 5000,
+    ("unset values are left out", GUIDE_KEY, "orderQueryAll", 1750793021519, 5000, {"symbol": "SOL_USDC", "marketType": None},
      "instruction=orderQueryAll&symbol=SOL_USDC&timestamp=1750793021519&window=5000",
      "EAoIule9TjrOHJqi/H8/82/Gy2p9LtR9grhWiOOQcHE1ZLOolmoLgcOCihbHeYckna1QTz5IMwi6Uqewk3/pCg=="),
     # as other public clients do; not defined by the documentation
-    ("a list repeats its name in order", GUIDE_KEY, "fillHistoryQueryAll",
-     {"symbol": "SOL_USDC", "marketType": ["SPOT", "PERP"]}, 1750793021519, 5000,
+    ("a list repeats its name in order", GUIDE_KEY, "fillHistoryQueryAll", 1750793021519, 5000, {"symbol": "SOL_USDC", "marketType": ["SPOT", "PERP"]},
      "instruction=fillHistoryQueryAll&marketType=SPOT&marketType=PERP&symbol=SOL_USDC&timestamp=1750793021519&window=5000",
      "ZbnLlzrLjXqCmozNdK2aljgcjWjrFycysjJ/cgrrME9yuSWHL+MHZhaM62C7W2XzI9AxRraowBceKwvnR8K0CQ=="),
     # as the official Rust client does; not defined by the documentation
-    ("a nested object is compact JSON with sorted names", GUIDE_KEY, "withdraw",
-     {"address": "A", "blockchain": "Solana", "quantity": "1", "symbol": "SOL",
-      "recipientInformation": {"lastName": "Doe", "firstName": "Ann"}}, 1750793021519, 5000,
+    ("a nested object is compact JSON with sorted names", GUIDE_KEY, "withdraw", 1750793021519, 5000, {"address": "A", "blockchain": "Solana", "quantity": "1", "symbol": "SOL", "recipientInformation": {"lastName": "Doe", "firstName": "Ann"}},
      'instruction=withdraw&address=A&blockchain=Solana&quantity=1&recipientInformation={"firstName":"Ann","lastName":"Doe"}&symbol=SOL&timestamp=1750793021519&window=5000',
      "FIv3Am+UlyZjyvoBHjZOWrYV7bp6kb+UocSA1RfwEE3vfFd9JFWCWZyRTe9gQMZLxcGs2U/XCsi7yVtv7bmiBw=="),
 ]
@@ -333,20 +306,11 @@ REQUESTS = [
     *(({"method": "PATCH", "path": "/p", "params": empty}, "/p", b"{}") for empty in (None, {}, {"a": None})),
     *(({"method": "GET", "path": path}, path, None) for path in ("/", "/a/b_c.d~e-f%20G0", "/a//b")),
 ]
-# base_url; the URL of a request for /p.
-BASE_URLS = [
-    ("https://a.example", "https://a.example/p"),
-    ("https://a.example/", "https://a.example/p"),
-    ("https://a.example/X", "https://a.example/X/p"),
-    ("https://a-1.b:8443/x/y_z.~", "https://a-1.b:8443/x/y_z.~/p"),
-    ("https://[2001:db8::1]:8443", "https://[2001:db8::1]:8443/p"),
-    ("https://[::1.2.3.4]", "https://[::1.2.3.4]/p"),
-    ("https://a.example:1", "https://a.example:1/p"),
-    ("https://a.example:65535/", "https://a.example:65535/p"),
-    ("http://localhost:1", "http://localhost:1/p"),
-    ("http://127.0.0.1:1/", "http://127.0.0.1:1/p"),
-    ("http://[::1]:1", "http://[::1]:1/p"),
-]
+# base_url of a request; with "/p" in the place of a last slash, its URL.
+BASE_URLS = """
+https://a.example https://a.example/ https://a.example/X https://a-1.b:8443/x/y_z.~ https://[2001:db8::1]:8443
+https://[::1.2.3.4] https://a.example:1 https://a.example:65535/ http://localhost:1 http://127.0.0.1:1/ http://[::1]:1
+""".split()
 # fmt: on
 
 # --- Bad arguments: what is passed, and the whole message ---
@@ -362,74 +326,44 @@ IN_LIST = ": pass only single values in a list, not {}"
 MAPPING = ": pass a mapping of names to values, not "
 NAMES = ": pass names as str, not "
 BAD_PARAMS = [
-    ({"price": 0.1}, "params.price" + FLOAT.format("0.1")),
-    ({"price": ["1", 0.5]}, "params.price[1]" + FLOAT.format("0.5")),
-    ([{}, {"a": {"b": 0.5}}], "params[1].a.b" + FLOAT.format("0.5")),
-    ({"p": Nested.HALF}, "params.p" + FLOAT.format("0.5")),
-    ({"symbol": b"SOL"}, "params.symbol" + ANY + "bytes"),
-    ({"marketType": {"SPOT"}}, "params.marketType" + ANY + "set"),
-    ({"from": object()}, "params.from" + ANY + "object"),
-    ({"p": D("NaN")}, "params.p: pass a finite number, not NaN"),
-    ({"p": D("-Infinity")}, "params.p: pass a finite number, not -Infinity"),
-    ({"p": LyingDecimal("NaN")}, "params.p: pass a finite number, not NaN"),
-    ({"p": D("1E+999999999")}, "params.p" + RANGE + "1E+999999999"),
-    ({"p": LyingDecimal("1E+1000")}, "params.p" + RANGE + "1E+1000"),
-    ({"p": D("0E-999999999")}, "params.p" + RANGE + "0E-999999999"),
-    ({"p": D("1E+1000")}, "params.p" + RANGE + "1E+1000"),
-    ({"p": D("1E-1000")}, "params.p" + RANGE + "1E-1000"),
-    ({"symbol": "\ud800"}, "params.symbol" + UTF_8),
-    ({"l": ["a", LyingStr("\ud800")]}, "params.l[1]" + UTF_8),
-    ({"\udfff": "x"}, "params, name '\\udfff'" + UTF_8),
-    ({"l": ["a", ["SPOT"]]}, "params.l[1]" + IN_LIST.format("list")),
-    ({"l": [("SPOT",)]}, "params.l[0]" + IN_LIST.format("tuple")),
-    ({"l": [{}]}, "params.l[0]" + IN_LIST.format("dict")),
+    *(({"p": value}, "params.p" + FLOAT.format("0.5")) for value in (0.5, Nested.HALF)),
+    ({"p": ["1", 0.1]}, "params.p[1]" + FLOAT.format("0.1")),
+    ([{}, {"a": {"b": 0.1}}], "params[1].a.b" + FLOAT.format("0.1")),
     ({"k" * 42: 0.1}, "params." + "k" * 42 + FLOAT.format("0.1")),
     ({GUIDE_KEY: 0.1}, "params.(a long text)" + FLOAT.format("0.1")),
+    *(({"p": value}, "params.p" + ANY + type(value).__name__) for value in (b"SOL", {"SPOT"}, object())),
+    *(({"p": value("NaN")}, "params.p: pass a finite number, not NaN") for value in (D, LyingDecimal)),
+    ({"p": D("-Infinity")}, "params.p: pass a finite number, not -Infinity"),
+    *(({"p": D(text)}, "params.p" + RANGE + text) for text in "1E+999999999 0E-999999999 1E+1000 1E-1000".split()),
+    ({"p": LyingDecimal("1E+1000")}, "params.p" + RANGE + "1E+1000"),
+    ({"p": "\ud800"}, "params.p" + UTF_8),
+    ({"p": ["a", LyingStr("\ud800")]}, "params.p[1]" + UTF_8),
+    ({"\udfff": "x"}, "params, name '\\udfff'" + UTF_8),
     ({"k" * 42 + "\ud800": 0.1}, "params, name '(a long text)'" + UTF_8),
+    *(({"p": ["a", value]}, "params.p[1]" + IN_LIST.format(type(value).__name__)) for value in (["b"], ("b",), {})),
     ({1: "x"}, "params" + NAMES + "1"),
     ({None: "x"}, "params" + NAMES + "NoneType"),
-    ({"info": {b"x": 1}}, "params.info" + NAMES + "bytes"),
-    ("symbol=SOL", "params" + MAPPING + "str"),
-    (0, "params" + MAPPING + "int"),
-    (False, "params" + MAPPING + "bool"),
+    ({"p": {b"x": 1}}, "params.p" + NAMES + "bytes"),
+    *((value, "params" + MAPPING + type(value).__name__) for value in ("symbol=SOL", 0, False)),
     ([("symbol", "SOL")], "params[0]" + MAPPING + "tuple"),
     ([{"symbol": "SOL"}, None], "params[1]" + MAPPING + "NoneType"),
-    ([], "params: pass at least one order in a batch"),
-    ((), "params: pass at least one order in a batch"),
+    *((value, "params: pass at least one order in a batch") for value in ([], ())),
     (LOOP, "params: pass fewer levels of nesting"),
 ]
 INSTRUCTION = "instruction: pass a name, such as 'orderExecute'"
 TIMESTAMP = "timestamp: pass an int of milliseconds since 1970, not "
 WINDOW = "window: pass an int from 1 to 60000 milliseconds, not "
 BAD_TIMES = [
-    ({"window": 0}, WINDOW + "0"),
-    ({"window": 60001}, WINDOW + "60001"),
-    ({"window": -1}, WINDOW + "-1"),
-    ({"window": True}, WINDOW + "True"),
-    ({"window": 5000.0}, WINDOW + "5000.0"),
-    ({"window": "5000"}, WINDOW + "str"),
-    ({"window": None}, WINDOW + "NoneType"),
-    ({"timestamp": -1}, TIMESTAMP + "-1"),
-    ({"timestamp": True}, TIMESTAMP + "True"),
-    ({"timestamp": 1.5}, TIMESTAMP + "1.5"),
+    *(({"window": value}, WINDOW + str(value)) for value in (0, 60001, -1, True, 5000.0)),
+    *(({"window": value}, WINDOW + type(value).__name__) for value in ("5000", None)),
+    *(({"timestamp": value}, TIMESTAMP + str(value)) for value in (-1, True, 1.5)),
     ({"timestamp": "1750793021519"}, TIMESTAMP + "str"),
-    ({"instruction": "a&b=c"}, INSTRUCTION),
-    ({"instruction": "a\n"}, INSTRUCTION),
-    ({"instruction": " "}, INSTRUCTION),
-    ({"instruction": ""}, INSTRUCTION),
-    ({"instruction": b"accountQuery"}, INSTRUCTION),
-    ({"instruction": 5}, INSTRUCTION),
-    ({"instruction": GUIDE_KEY}, INSTRUCTION),
+    *(({"instruction": value}, INSTRUCTION) for value in ("a&b=c", "a\n", " ", "", b"accountQuery", 5, GUIDE_KEY)),
 ]
 KEY = "secret_key: pass the base64 of 32 bytes; "
 NOT_BASE64 = KEY + "these {} characters are not base64"
 SIZE = KEY + "this is the base64 of {} bytes"
 BAD_KEYS = [
-    ("", SIZE.format(0)),
-    (base64.b64encode(bytes(31)).decode(), SIZE.format(31)),
-    (base64.b64encode(bytes(33)).decode(), SIZE.format(33)),
-    (base64.b64encode(bytes(64)).decode(), SIZE.format(64)),
-    (base64.b64decode(GUIDE_KEY).hex(), SIZE.format(48)),
     ("!" + GUIDE_KEY[1:], NOT_BASE64.format(44)),
     (GUIDE_KEY.replace("/", "_"), NOT_BASE64.format(44)),
     (GUIDE_KEY[:-1] + "é", NOT_BASE64.format(44)),
@@ -437,9 +371,9 @@ BAD_KEYS = [
     (GUIDE_KEY + "=", NOT_BASE64.format(45)),
     (GUIDE_KEY[:20] + " " + GUIDE_KEY[20:], NOT_BASE64.format(45)),
     (GUIDE_KEY[:-2] + "t=", NOT_BASE64.format(44)),
-    (GUIDE_KEY.encode(), "secret_key: pass a str, not bytes"),
-    ([GUIDE_KEY], "secret_key: pass a str, not list"),
-    (5, "secret_key: pass a str, not int"),
+    *((base64.b64encode(bytes(size)).decode(), SIZE.format(size)) for size in (0, 31, 33, 64)),
+    (base64.b64decode(GUIDE_KEY).hex(), SIZE.format(48)),
+    *((key, f"secret_key: pass a str, not {type(key).__name__}") for key in (GUIDE_KEY.encode(), [GUIDE_KEY], 5)),
 ]
 LONG = "'(a long text)'"
 METHOD = "method: pass a word, such as 'GET', not "
@@ -457,80 +391,44 @@ IN_QUERY = ": pass a single value, not a mapping, because GET sends it in a quer
 NO_KEY = "{} must be signed: pass secret_key"
 NOT_KNOWN = "{} is not a known signed operation: pass instruction, or leave out secret_key"
 BAD_REQUESTS = [
-    ({"method": "GET /"}, METHOD + "'GET /'"),
-    ({"method": "GET\n"}, METHOD + "'GET\\n'"),
-    ({"method": ""}, METHOD + "''"),
+    *(({"method": text}, METHOD + repr(text)) for text in ("GET /", "GET\n", "")),
     ({"method": GUIDE_KEY}, METHOD + LONG),
     ({"method": b"GET"}, "method: pass a str, not bytes"),
-    ({"path": "api/v1/order"}, SLASH + "'api/v1/order'"),
-    ({"path": "@evil.example/"}, SLASH + "'@evil.example/'"),
-    ({"path": ""}, SLASH + "''"),
-    ({"path": "//evil.example/api"}, URL_AS_PATH),
-    ({"path": "https://user:PASSWORD@evil.example/api"}, URL_AS_PATH),
-    ({"path": "/api?symbol=SOL"}, QUERY_IN_PATH + "'/api?symbol=SOL'"),
-    ({"path": "/api?" + "a" * 37}, QUERY_IN_PATH + repr("/api?" + "a" * 37)),
+    *(({"path": text}, SLASH + repr(text)) for text in ("api/v1/order", "@evil.example/", "")),
+    *(({"path": text}, URL_AS_PATH) for text in ("//evil.example/api", "https://user:PASSWORD@evil.example/api")),
+    *(({"path": text}, QUERY_IN_PATH + repr(text)) for text in ("/api?symbol=SOL", "/api?" + "a" * 37)),
     ({"path": "/api?" + "a" * 38}, QUERY_IN_PATH + LONG),
     ({"path": GUIDE_KEY}, SLASH + LONG),
     ({"path": "/" + GUIDE_KEY}, PATH + LONG),
-    ({"path": "/api#a"}, PATH + "'/api#a'"),
-    ({"path": "/api\n"}, PATH + "'/api\\n'"),
-    ({"path": "/api\r\nX: y"}, PATH + "'/api\\r\\nX: y'"),
-    ({"path": "/é"}, PATH + "'/é'"),
-    ({"path": "/\\evil.example"}, PATH + "'/\\\\evil.example'"),
+    *(({"path": text}, PATH + repr(text)) for text in ("/api#a", "/api\n", "/api\r\nX: y", "/é", "/\\evil.example")),
     ({"path": None}, "path: pass a str, not NoneType"),
-    ({"base_url": "http://api.backpack.exchange"}, HTTPS),
-    ({"base_url": "http://localhost.evil.example"}, HTTPS),
-    ({"base_url": "http://127.0.0.1.evil.example"}, HTTPS),
-    ({"base_url": "http://127a0a0a1"}, HTTPS),
-    ({"base_url": "http://127.0.0.x"}, HTTPS),
-    ({"base_url": "http://127.0.0.256"}, HTTPS),
-    ({"base_url": "http://127.255.99.200"}, HTTPS),
-    ({"base_url": "http://128.0.0.1"}, HTTPS),
-    ({"base_url": "http://[::2]"}, HTTPS),
-    ({"base_url": "http://127.0.0.1@evil.example"}, BASE_URL),
-    ({"base_url": "https://user:PASSWORD@api.backpack.exchange"}, BASE_URL),
-    ({"base_url": "https://api.backpack.exchange?x="}, BASE_URL),
-    ({"base_url": "https://api.backpack.exchange/a?x="}, BASE_URL),
-    ({"base_url": "https://api.backpack.exchange/a//b"}, BASE_URL),
-    ({"base_url": "https://api.backpack.exchange//"}, BASE_URL),
-    ({"base_url": "https://api.backpack.exchange#"}, BASE_URL),
-    ({"base_url": "https://api.backpack.exchange\n"}, BASE_URL),
-    ({"base_url": "file:///etc/passwd"}, BASE_URL),
-    ({"base_url": "ftp://localhost"}, BASE_URL),
-    ({"base_url": "https://"}, BASE_URL),
-    ({"base_url": "https:///api"}, BASE_URL),
-    ({"base_url": "https://[]"}, BASE_URL),
-    ({"base_url": "https://[evil.example]"}, BASE_URL),
-    ({"base_url": "https://[::1"}, BASE_URL),
-    ({"base_url": "https://a.example:"}, BASE_URL),
-    ({"base_url": "https://a.example:x"}, BASE_URL),
-    ({"base_url": "https://a.example:1:2"}, BASE_URL),
-    ({"base_url": "https://a.example:123456"}, BASE_URL),
+    *(({"base_url": url}, HTTPS) for url in """
+http://api.backpack.exchange http://localhost.evil.example http://127.0.0.1.evil.example http://127a0a0a1
+http://127.0.0.x http://127.0.0.256 http://127.255.99.200 http://128.0.0.1 http://[::2]
+""".split()),
+    *(({"base_url": url}, BASE_URL) for url in ["", "https://api.backpack.exchange\n"] + """
+http://127.0.0.1@evil.example https://user:PASSWORD@api.backpack.exchange https://api.backpack.exchange?x=
+https://api.backpack.exchange/a?x= https://api.backpack.exchange/a//b https://api.backpack.exchange//
+https://api.backpack.exchange# file:///etc/passwd ftp://localhost https:// https:///api https://[]
+https://[evil.example] https://[::1 https://a.example: https://a.example:x https://a.example:1:2 https://a.example:123456
+""".split()),
+    *(({"base_url": f"http://localhost:{port}"}, PORT + port) for port in "65536 85536 0".split()),
     ({"base_url": "https://a.example:65536"}, PORT + "65536"),
-    ({"base_url": "http://localhost:85536"}, PORT + "85536"),
-    ({"base_url": "https://a.example:0"}, PORT + "0"),
-    ({"base_url": ""}, BASE_URL),
     ({"base_url": b"https://a.example"}, "base_url: pass a str, not bytes"),
     ({"headers": [("X-A", "b")]}, "headers: pass a mapping, not list"),
-    ({"headers": {"X-A": "b\r\nX-C: d"}}, HEADER_TEXT),
-    ({"headers": {"X-A": "b\n"}}, HEADER_TEXT),
-    ({"headers": {"X-A": "é"}}, HEADER_TEXT),
+    *(({"headers": {"X-A": text}}, HEADER_TEXT) for text in ("b\r\nX-C: d", "b\n", "é")),
     ({"headers": {"X-A": 1}}, "header X-A: pass a str, not int"),
-    ({"headers": {"X-A\n": "b"}}, HEADER_NAMES),
-    ({"headers": {"X: A": "b"}}, HEADER_NAMES),
-    ({"headers": {"": "b"}}, HEADER_NAMES),
-    ({"headers": {"X-\u212a": "b"}}, HEADER_NAMES),
-    ({"headers": {5: "b"}}, HEADER_NAMES),
+    *(({"headers": {name: "b"}}, HEADER_NAMES) for name in ("X-A\n", "X: A", "", "X-\u212a", 5)),
     ({"headers": {"X-A": "1", "x-a": "1"}}, "header x-a: pass it only once"),
     ({"headers": {"A" * 42: 1}}, f"header {'A' * 42}: pass a str, not int"),
     ({"headers": {"A" * 43: 1}}, "header (a long text): pass a str, not int"),
-    *(({"headers": {name: "5"}}, RESERVED.format(name)) for name in (
-        "Accept-Encoding", "Content-Encoding", "content-length", "CONTENT-TYPE", "Host",
-        "Transfer-Encoding", "X-API-KEY", "X-Signature", "X-Timestamp", "x-window")),
+    *(({"headers": {name: "5"}}, RESERVED.format(name)) for name in """
+Accept-Encoding Content-Encoding content-length CONTENT-TYPE Host
+Transfer-Encoding X-API-KEY X-Signature X-Timestamp x-window
+""".split()),
     ({"secret_key": None}, NO_KEY.format("POST /api/v1/order")),
     ({"path": "/p", "secret_key": None, "instruction": "a"}, NO_KEY.format("POST /p")),
-    ({"path": "/p"}, NOT_KNOWN.format("POST /p")),
-    ({"path": "/p", "secret_key": ""}, NOT_KNOWN.format("POST /p")),
+    *(({"path": "/p", **key}, NOT_KNOWN.format("POST /p")) for key in ({}, {"secret_key": ""})),
     ({"method": "put"}, NOT_KNOWN.format("PUT /api/v1/order")),
     ({"method": "GET", "params": [{"a": "b"}]}, "params: pass one mapping to GET, not a batch"),
     ({"method": "GET", "params": {"z": 1, "a": {}}}, "params.a" + IN_QUERY),
@@ -538,9 +436,8 @@ BAD_REQUESTS = [
 ]
 TIMEOUT = "timeout: pass a number of seconds above 0 and at most 86400, not "
 BAD_TIMEOUTS = [
-    (timeout, TIMEOUT + shown) for timeout, shown in [
-        (0, "0"), (-1, "-1"), (True, "True"), (False, "False"), (None, "NoneType"), ("5", "str"),
-        (float("nan"), "nan"), (float("inf"), "inf"), (86400.1, "86400.1"), (86401, "86401")]
+    *((value, TIMEOUT + str(value)) for value in (0, -1, True, False, float("nan"), float("inf"), 86400.1, 86401)),
+    *((value, TIMEOUT + type(value).__name__) for value in (None, "5")),
 ]
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
 DIGITS = "0123456789"
@@ -886,7 +783,7 @@ class Changing(dict):
 
 class CanonicalString(SecretsCase):
     def test_vectors(self):
-        for name, _, instruction, params, *times, text, _ in VECTORS:
+        for name, _, instruction, *times, params, text, _ in VECTORS:
             with self.subTest(name):
                 found = bpx.canonical_string(instruction, params, *times)
                 self.assertEqual(found, text)
@@ -939,7 +836,7 @@ class SignRequest(SecretsCase):
         return list(bpx.sign_request("a", None, key, **times).values())
 
     def test_vectors(self):
-        for name, key, instruction, params, stamp, window, _, sign in VECTORS:
+        for name, key, instruction, stamp, window, params, _, sign in VECTORS:
             with self.subTest(name):
                 times = {"timestamp": stamp, "window": window}
                 found = bpx.sign_request(instruction, params, key, **times)
@@ -1038,10 +935,10 @@ class BuildRequest(SecretsCase):
         self.assertEqual(len(built.header_items()), 2)
 
     def test_base_urls(self):
-        for base_url, url in BASE_URLS:
+        for base_url in BASE_URLS:
             with self.subTest(base_url):
                 built = bpx.build_request("GET", "/p", base_url=base_url)
-                self.assertEqual(built.full_url, url)
+                self.assertEqual(built.full_url, base_url.rstrip("/") + "/p")
 
     def test_a_str_subclass_is_its_characters(self):
         built = bpx.build_request(
@@ -2078,48 +1975,6 @@ def command(*argv, key=None, stdin=None, stdout=-1, stderr=-1):
     return (done.returncode, *streams)
 
 
-HELP = r"""usage: bpx.py [options] METHOD PATH [name=text | name:=json]...
-
-Send a request to Backpack Exchange.
-
-positional arguments:
-  METHOD              such as GET
-  PATH                such as /api/v1/order
-  name=text           a parameter
-
-options:
-  -h, --help          show this help message and exit
-  --json JSON         all parameters as a JSON object, or a batch of orders as
-                      a JSON list; - reads the JSON from standard input
-  --dry-run           print the request and its canonical string; send nothing
-  --version           show program's version number and exit
-  --instruction NAME  sign with this instruction (default: that of METHOD and
-                      PATH)
-  --window MS         milliseconds for which a signed request is valid, at
-                      most 60000 (default: 5000)
-  --timeout S         seconds for each step: to connect, to send and to
-                      receive (default: 10.0)
-  --base-url URL      where to send (default: https://api.backpack.exchange)
-
-name=text sends a parameter as text. name:=json sends it as a JSON value, and
-name:=null leaves it out. Write prices and quantities as text. A request that
-must be signed is signed with the secret key in the environment variable
-BPX_SECRET_KEY. The body of the response is printed as JSON.
-
-example:
-  python bpx.py --dry-run POST /api/v1/order symbol=SOL_USDC side=Bid \
-      orderType=Limit price=170.50 quantity=1.0 postOnly:=true
-
-exit status:
-  0  success
-  1  APIError: the exchange has refused the request
-  2  a wrong argument, a missing key or module, or a dry run that failed:
-     nothing was sent
-  3  NotSentError: there was no connection, so nothing was sent
-  4  The exchange may have executed the request. This is the status after an
-     UnknownOutcomeError, an APIError with the status 408 or 5xx, an
-     interrupt of the request, or a response that could not be printed.
-"""
 BOTH_WAYS = "ValueError: pass name=text parameters or --json, not both"
 # fmt: off
 # Arguments, pattern of the line on standard error.
@@ -2314,7 +2169,7 @@ class CommandLine(ExchangeCase):
             status, output, errors = self.main("--help")
         self.assertEqual((status, errors), (0, ""))
         output = output.replace("optional arguments:", "options:")  # 3.8, 3.9
-        self.assertEqual(output, HELP)
+        self.assertIn(f"```text\n{output}```", README)
         found = self.main("--version")
         self.assertEqual(found, (0, f"bpx.py {bpx.__version__}\n", ""))
 
@@ -2615,15 +2470,15 @@ class Documents(ExchangeCase):
             self.assertEqual(called.call_count, len(get))
 
     def test_examples_of_the_readme(self):
-        text = README.split("```text\n")[2].split("```")[0]
+        text = README.split("```text\n")[3].split("```")[0]
         examples = [each.splitlines() for each in text.strip().split("\n\n")]
         self.assertEqual(len(examples), 5)
         for _, instruction, params, canonical, signature in examples:
             with self.subTest(canonical):
                 (row,) = [row for row in VECTORS if row[6] == canonical]
                 self.assertEqual(row[1:3], (GUIDE_KEY, instruction))
-                self.assertEqual(row[3], json.loads(params))
-                self.assertEqual(row[4:6], (1750793021519, 5000))
+                self.assertEqual(row[3:5], (1750793021519, 5000))
+                self.assertEqual(row[5], json.loads(params))
                 self.assertEqual(row[7], signature)
 
     def test_the_two_commands(self):
