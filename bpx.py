@@ -30,7 +30,7 @@ window=5000
 
 This secret key is the example in the exchange's Python guide.
 
-After the error classes come six parts. Each uses only what stands before it:
+After the error classes come six parts. Each part uses only those above it:
 
 1. canonical_string returns the text that is signed.
 2. sign_request returns the headers with the signature of that text.
@@ -109,11 +109,13 @@ __all__ = [
 BASE_URL = "https://api.backpack.exchange"
 DEFAULT_WINDOW = 5000  # milliseconds for which a signed request is valid
 MAX_WINDOW = 60000  # milliseconds, the exchange's limit
-DEFAULT_TIMEOUT = 10.0  # seconds for each step: to connect, send and receive
+DEFAULT_TIMEOUT = 10.0  # seconds for each step of a request (see send)
 MAX_IDLE = 15.0  # seconds after which an idle connection is not used again
-MAX_BODY = 16 * 1024 * 1024  # bytes of a body, before and after unpacking
+MAX_BODY = 16 * 1024 * 1024  # bytes of the largest body, also when unpacked
 
-_KEY_LENGTH = 43  # characters of a key in base64, without the "=" at its end
+# A secret key has 43 characters and a "=". Error messages hide every text of
+# 43 or more characters, because it could be a key.
+_KEY_LENGTH = 43
 
 # The parameters of a request: None, a mapping of names to values, or (for a
 # batch of orders) a list or tuple of such mappings.
@@ -188,8 +190,8 @@ class BPXError(Exception):
 
     Its attribute request is the urllib.request.Request that failed, and
     reason is a str that says what went wrong. If outcome_unknown is True, the
-    exchange may have executed that request: see UnknownOutcomeError before
-    you repeat an order.
+    exchange may have executed the request although there was an error: see
+    UnknownOutcomeError before you repeat an order.
     """
 
     outcome_unknown = False
@@ -200,13 +202,14 @@ class BPXError(Exception):
         self.reason = reason
 
     def __str__(self) -> str:
-        path = self.request.selector.partition("?")[0]  # without the query
+        # selector is the path and the query; the query is not shown.
+        path = self.request.selector.partition("?")[0]
         text = f"{self.request.get_method()} {path}: {self.reason}"
         return _one_line(text)
 
 
 class APIError(BPXError):
-    """The response has a status other than 2xx.
+    """The response has a status that is not a success: 300 or higher.
 
     status is an int, body is the decoded body, and headers are those of the
     response. If body is a dict, code is body.get("code"), and message is
@@ -247,13 +250,17 @@ class NotSentError(BPXError):
 class UnknownOutcomeError(BPXError):
     """Sending began, but no complete and valid response was received.
 
-    The exchange may have executed the request, so do not repeat an order
-    before you have looked for it. Wait until timestamp + window has passed,
-    because the exchange may accept the order until then. (The timestamp is
-    in error.request.headers["X-timestamp"]: urllib changes the case.) Then
-    search for the order by its clientId, which you should give to every
-    order: GET /api/v1/order finds an open order, and
-    GET /wapi/v1/history/orders a filled or cancelled one.
+    The exchange may have executed the request. The same is true of an APIError
+    with the status 408 or 5xx: outcome_unknown is True for both.
+
+    Before you repeat an order, find out whether it was executed:
+    1. Wait until its timestamp + window has passed, and some seconds more,
+       because the clocks may differ. Until then, the exchange may accept it.
+       (urllib stores them as "X-timestamp" and "X-window" in
+       error.request.headers.)
+    2. Search for its clientId, which you should give to every order:
+       GET /api/v1/order finds an open order by it, and
+       GET /wapi/v1/history/orders lists filled and cancelled orders.
     """
 
     outcome_unknown = True
@@ -271,9 +278,10 @@ def _describe(error: BaseException) -> str:
 
 
 def _number_or_type(value: Any) -> str:
-    """Return a number as text, and for any other value the name of its type.
+    """Return what an error message shows of a bad value.
 
-    Error messages show this in place of a bad value, which could be a secret.
+    This is a number, or for any other value only the name of its type,
+    because the value could be a secret.
     """
     if isinstance(value, (int, float)):
         return repr(value)
@@ -299,9 +307,13 @@ def _check_str(value: Any, place: str) -> None:
 # First the parameters are normalized: they are converted to dict, list, str,
 # int and bool, and every None is left out. What is signed and what is sent
 # are both made from the normalized values, so they agree.
+#
 # Subclasses of str, int and Decimal are converted to the plain type, because
-# a subclass may have another __str__. Most of these functions have a parameter
-# named place: a text such as params[0].price. Error messages begin with it.
+# a subclass may have another __str__. str.__str__(text) and int.__int__(value)
+# do this, whatever methods the subclass has.
+#
+# The parameter place tells where a value stands, such as params[0].price.
+# Error messages begin with it.
 
 # Writes the JSON of a request's body, and of mappings in the canonical string.
 _JSON_ENCODER = json.JSONEncoder(
@@ -312,7 +324,8 @@ _JSON_ENCODER = json.JSONEncoder(
 def _normalize_params(params: Any) -> List[Dict[str, Any]]:
     """Return the normalized params as a list of mappings.
 
-    For a batch, it has one mapping for each order; otherwise exactly one.
+    The list has one mapping for each order of a batch. Without a batch, it has
+    one mapping.
     """
     try:
         if isinstance(params, (list, tuple)):
@@ -323,9 +336,10 @@ def _normalize_params(params: Any) -> List[Dict[str, Any]]:
         else:
             mapping = {} if params is None else params
             mappings = [_normalize_mapping(mapping, "params")]
-    except RecursionError:  # a kind of RuntimeError, so it must come first
+    except RecursionError:  # Caught first: it is a subclass of RuntimeError.
         raise ValueError("params: pass fewer levels of nesting") from None
-    except RuntimeError as error:  # Another thread has changed a mapping.
+    except RuntimeError as error:
+        # Python raises it if another thread changes a dict while it is read.
         raise ValueError(
             f"params: pass a copy that no other thread changes ({error})"
         ) from None
@@ -344,12 +358,13 @@ def _normalize_mapping(mapping: Any, place: str) -> Dict[str, Any]:
         )
     normalized = {}
     for name, value in mapping.items():
-        # A plain ASCII str and a plain int are already normalized, so do not
-        # call the functions below for them. This makes signing 10 % faster.
-        if not (type(name) is str and name.isascii()):
+        # ASCII text and an int of the plain types need no conversion. Not to
+        # call the functions for them makes signing 10 % faster.
+        if type(name) is not str or not name.isascii():
             name = _normalize_name(name, place)
         kind = type(value)
-        if not (kind is int or (kind is str and value.isascii())):
+        is_normalized = kind is int or (kind is str and value.isascii())
+        if not is_normalized:
             value = _normalize_value(value, f"{place}.{_hide_long(name)}")
         if value is not None:
             normalized[name] = value
@@ -362,13 +377,13 @@ def _normalize_name(name: Any, place: str) -> str:
         raise TypeError(
             f"{place}: pass names as str, not {_number_or_type(name)}"
         )
-    # ascii() makes the message printable, even if the name has surrogates.
+    # A surrogate in the name could not be printed; ascii() shows it as \udXXX.
     return _normalize_text(name, f"{place}, name {ascii(_hide_long(name))}")
 
 
 def _normalize_value(value: Any, place: str) -> Any:
     """Return a normalized value."""
-    if isinstance(value, Enum):  # First, because it may also be a str or int.
+    if isinstance(value, Enum):  # Tested first: it may also be a str or int.
         return _normalize_value(value.value, place)
     if value is None or isinstance(value, bool):
         return value
@@ -411,7 +426,7 @@ def _normalize_decimal(value: Decimal, place: str) -> str:
     if not number.is_finite():
         raise ValueError(f"{place}: pass a finite number, not {number}")
     exponent = number.adjusted()  # 2 for 123, which is 1.23E+2
-    if abs(exponent) >= 1000:  # 1E+999999999 would fill the memory.
+    if abs(exponent) >= 1000:  # 1E+999999999 has a billion digits.
         raise ValueError(
             f"{place}: pass an exponent from -999 to +999, not {number}"
         )
@@ -419,7 +434,7 @@ def _normalize_decimal(value: Decimal, place: str) -> str:
 
 
 def _normalize_list(items: Any, place: str) -> List[Any]:
-    """Return the normalized items of a list."""
+    """Return the normalized items; raise if one is a list or a mapping."""
     normalized = []
     for index, item in enumerate(items):
         value = _normalize_value(item, f"{place}[{index}]")
@@ -439,7 +454,7 @@ def _name_value_pairs(mapping: Dict[str, Any]) -> List[Tuple[str, str]]:
     for name in sorted(mapping):
         value = mapping[name]
         if type(value) is str:
-            # Faster than _value_text, with the same result.
+            # Most values are str: this is faster than to call _value_text.
             pairs.append((name, value))
         elif isinstance(value, list):
             # The exchange does not document how a list is signed. This
@@ -472,8 +487,12 @@ def _make_canonical_string(
     window: int,
 ) -> str:
     """Return the canonical string of normalized mappings."""
-    if not isinstance(instruction, str) or not str.isalnum(instruction):
-        raise ValueError("instruction: pass a name, such as 'orderExecute'")
+    _check_str(instruction, "instruction")
+    instruction = str.__str__(instruction)  # converts a subclass
+    if not (instruction.isascii() and instruction.isalnum()):
+        raise ValueError(
+            "instruction: pass only letters and digits, as in 'orderExecute'"
+        )
     if type(timestamp) is not int or timestamp < 0:
         raise ValueError(
             "timestamp: pass an int of milliseconds since 1970, "
@@ -485,9 +504,7 @@ def _make_canonical_string(
             f"not {_number_or_type(window)}"
         )
     # instruction=<instruction>&<name>=<value>&...&timestamp=<ms>&window=<ms>
-    # A batch has instruction=<instruction>&<name>=<value>&... once for each
-    # order, and then one timestamp and window.
-    instruction = str.__str__(instruction)  # converts a subclass
+    # In a batch, the part before timestamp is repeated for each order.
     texts = []
     for mapping in mappings:
         texts.append(f"instruction={instruction}")
@@ -543,7 +560,7 @@ def _from_base64(text: str) -> Optional[bytes]:
     return data if _to_base64(data) == text else None
 
 
-@functools.lru_cache(maxsize=8)  # Loading a key takes as long as signing.
+@functools.lru_cache(maxsize=8)  # Loading takes as long as signing.
 def _load_key(secret_key: str) -> Tuple[Any, str]:
     """Return the nacl.signing.SigningKey and the API key of a secret key."""
     try:
@@ -553,13 +570,13 @@ def _load_key(secret_key: str) -> Tuple[Any, str]:
     seed = _from_base64(secret_key)
     if seed is None:
         raise ValueError(
-            "secret_key: pass the base64 of 32 bytes; these "
-            f"{len(secret_key)} characters are not base64"
+            "secret_key: pass the base64 of 32 bytes; the "
+            f"{len(secret_key)} characters that were passed are not base64"
         )
     if len(seed) != 32:
         raise ValueError(
-            "secret_key: pass the base64 of 32 bytes; this is the base64 "
-            f"of {len(seed)} bytes"
+            "secret_key: pass the base64 of 32 bytes; what was passed is the "
+            f"base64 of {len(seed)} bytes"
         )
     signing_key = SigningKey(seed)
     return signing_key, _to_base64(bytes(signing_key.verify_key))
@@ -577,7 +594,8 @@ def _sign(
         timestamp = time.time_ns() // 1_000_000
     text = _make_canonical_string(instruction, mappings, timestamp, window)
     _check_str(secret_key, "secret_key")
-    signing_key, api_key = _load_key(str.strip(secret_key))
+    stripped_key = str.strip(secret_key)  # also converts a subclass
+    signing_key, api_key = _load_key(stripped_key)
     signature = signing_key.sign(text.encode()).signature
     return {
         "X-API-Key": api_key,
@@ -617,10 +635,14 @@ def sign_request(
 _METHOD_PATTERN = re.compile("[A-Za-z]+")
 _PATH_PATTERN = re.compile("[A-Za-z0-9_./~%-]+")
 _BASE_URL_PATTERN = re.compile(
-    r"(?P<scheme>https?)://"
-    r"(?P<host>[A-Za-z0-9.-]+|\[[0-9A-Fa-f:.]+\])"
-    r"(:(?P<port>[0-9]{1,5}))?"
-    r"(/[A-Za-z0-9_.~-]+)*/?"
+    r"""
+    (?P<scheme>https?)://
+    (?P<host>[A-Za-z0-9.-]+|\[[0-9A-Fa-f:.]+\])  # a name or [IPv6 address]
+    (:(?P<port>[0-9]{1,5}))?
+    (/[A-Za-z0-9_.~-]+)*  # a path
+    /?
+    """,
+    re.VERBOSE,
 )
 _LOOPBACK_HOSTS = ("localhost", "127.0.0.1", "[::1]")
 _HEADER_NAME_PATTERN = re.compile("[A-Za-z0-9-]+")
@@ -706,11 +728,12 @@ def _normalize_headers(headers: Any) -> Dict[str, str]:
             f"headers: pass a mapping, not {type(headers).__name__}"
         )
     normalized = {}
-    # dict makes a copy, because another thread could change the headers.
+    # Read a copy, because another thread could change the headers.
     for name, value in dict(headers).items():
         # No message shows a value, because it could be a secret.
-        is_str = isinstance(name, str)
-        if not is_str or not _HEADER_NAME_PATTERN.fullmatch(name):
+        if not (
+            isinstance(name, str) and _HEADER_NAME_PATTERN.fullmatch(name)
+        ):
             raise ValueError("headers: pass names of letters, digits and -")
         place = f"header {_hide_long(name)}"
         lower_name = str.lower(name)  # also converts a subclass of str
@@ -734,10 +757,10 @@ def _find_instruction(
     return INSTRUCTIONS.get(f"{method} {path}")
 
 
-def _check_key_presence(
+def _check_key_use(
     method: str, path: str, instruction: Optional[str], secret_key: Any
 ) -> None:
-    """Raise if a signed request has no key, or a public request has one."""
+    """Raise if a signed request has no key, or a public request has a key."""
     if instruction is not None and secret_key is None:
         raise ValueError(f"{method} {path} must be signed: pass secret_key")
     if instruction is None and secret_key is not None:
@@ -747,10 +770,11 @@ def _check_key_presence(
         )
 
 
-def _query(content: Any) -> str:
+def _query_string(content: Any) -> str:
     """Return "?" and the query of a GET, or "" if there are no parameters.
 
-    content is the normalized params: a mapping, or a list for a batch.
+    content is the normalized params. Raise if they have no form in a query: a
+    list of mappings (a batch), or a mapping as a value.
     """
     if isinstance(content, list):
         raise TypeError("params: pass one mapping to GET, not a batch")
@@ -791,18 +815,20 @@ def build_request(
     method = _normalize_method(method)
     path = _normalize_path(path)
     url = _normalize_base_url(base_url) + path
-    all_headers = _normalize_headers(headers)
+    all_headers = _normalize_headers(headers)  # their names in lower case
     all_headers.setdefault("user-agent", f"bpx.py/{__version__}")
     mappings = _normalize_params(params)
     instruction = _find_instruction(method, path, instruction)
-    _check_key_presence(method, path, instruction, secret_key)
+    _check_key_use(method, path, instruction, secret_key)
     if instruction is not None:
-        signed = _sign(instruction, mappings, secret_key, timestamp, window)
-        all_headers.update(signed)
-    # A batch is sent as a list, and anything else as one mapping.
-    content = mappings if isinstance(params, (list, tuple)) else mappings[0]
+        all_headers.update(
+            _sign(instruction, mappings, secret_key, timestamp, window)
+        )
+    # A batch is sent as a list, also if it has one order.
+    is_batch = isinstance(params, (list, tuple))
+    content: Any = mappings if is_batch else mappings[0]
     if method == "GET":
-        return Request(url + _query(content), headers=all_headers)
+        return Request(url + _query_string(content), headers=all_headers)
     all_headers["Content-Type"] = "application/json; charset=utf-8"
     body = _JSON_ENCODER.encode(content).encode()  # b"{}" without params
     return Request(url, body, all_headers, method=method)
@@ -833,30 +859,35 @@ class Response(NamedTuple):
 
 
 class _ResponseStream(io.RawIOBase):
-    """A stream that receives one response, with a deadline.
+    """A stream that receives one response from a socket, until a deadline.
 
-    It reads from SocketIO, which is Python's own stream of a socket. There
-    are two differences to SocketIO:
-    - It raises TimeoutError after a deadline for the whole response. The
-      timeout of a socket covers only one read, so a slow server could make a
-      response last forever.
-    - It raises EOFError when the server has closed the connection. SocketIO
-      would return 0, which http.client accepts as the end of the headers,
-      even if some of them are missing.
+    It is a layer above SocketIO, which is Python's own stream of a socket:
+    - If the deadline passes before the whole response was received, it raises
+      TimeoutError. (The timeout of a socket begins again with every read, so
+      a slow server could make a response last forever.)
+    - If the server closes the connection, it raises EOFError. (http.client
+      would take the close for the end of the headers, and so would accept a
+      response without its last headers.)
     """
 
-    def __init__(
-        self, sock: Any, socket_io: io.RawIOBase, deadline: float
-    ) -> None:
-        self._sock = sock  # only to set its timeout
-        self._socket_io: Any = socket_io
-        self._deadline = deadline
+    def __init__(self, sock: Any, timeout: float) -> None:
+        self._sock = sock
+        self._socket_io: Any = sock.makefile("rb", buffering=0)  # a SocketIO
+        self._deadline = time.monotonic() + timeout
 
-    def readable(self) -> bool:
+    def makefile(self, mode: str) -> io.BufferedReader:
+        """Return the stream from which HTTPResponse reads.
+
+        This is the only method that HTTPResponse calls of its socket. So a
+        _ResponseStream can be passed to it in place of a socket.
+        """
+        return io.BufferedReader(self)
+
+    def readable(self) -> bool:  # BufferedReader calls it.
         return True
 
     def readinto(self, buffer: Any) -> int:
-        """Read bytes into the buffer, and return their number."""
+        """Receive bytes into the buffer, and return their number."""
         remaining = self._deadline - time.monotonic()
         if remaining <= 0:
             raise TimeoutError("timed out")
@@ -871,36 +902,21 @@ class _ResponseStream(io.RawIOBase):
         super().close()
 
 
-class _TimedResponse(http.client.HTTPResponse):
-    """An HTTPResponse that reads through a _ResponseStream.
-
-    Every HTTPResponse reads from its attribute fp, which is a chain of two
-    streams. This class puts a _ResponseStream between them:
-
-        HTTPResponse:   BufferedReader <- SocketIO
-        _TimedResponse: BufferedReader <- _ResponseStream <- SocketIO
-    """
-
-    def __init__(
-        self, sock: Any, *args: Any, timeout: float, **options: Any
-    ) -> None:
-        super().__init__(sock, *args, **options)
-        # Take the SocketIO out of its BufferedReader. Nothing is lost, because
-        # nothing was read yet.
-        socket_io = self.fp.detach()
-        deadline = time.monotonic() + timeout
-        self.fp = io.BufferedReader(_ResponseStream(sock, socket_io, deadline))
+def _make_response(
+    timeout: float, sock: Any, *args: Any, **options: Any
+) -> http.client.HTTPResponse:
+    """Return an HTTPResponse that reads through a _ResponseStream."""
+    stream: Any = _ResponseStream(sock, timeout)
+    return http.client.HTTPResponse(stream, *args, **options)
 
 
 def _set_response_timeout(connection: Any, timeout: float) -> None:
-    """Give every later response of a connection a timeout in seconds.
+    """Set the timeout of the later responses of a connection, in seconds.
 
     When http.client begins to receive a response, it calls
-    connection.response_class(sock, ...). This starts the time.
+    connection.response_class(sock, ...). The deadline counts from that call.
     """
-    connection.response_class = functools.partial(
-        _TimedResponse, timeout=timeout
-    )
+    connection.response_class = functools.partial(_make_response, timeout)
 
 
 @functools.lru_cache(maxsize=None)  # because loading certificates takes long
@@ -912,17 +928,21 @@ def _tls_context() -> Any:
 
 
 _PROXY_PATTERN = re.compile(
-    r"(http://)?"
-    r"((?P<credentials>[^/]+)@)?"
-    r"(?P<host>[a-z0-9._-]+|\[[0-9a-f:.]+\])"
-    r"(:(?P<port>[0-9]{1,5}))?/?",
-    re.IGNORECASE,
+    r"""
+    (http://)?
+    ((?P<credentials>[^/]+)@)?  # USER:PASSWORD, or only USER
+    (?P<host>[a-z0-9._-]+|\[[0-9a-f:.]+\])  # a name or [IPv6 address]
+    (:(?P<port>[0-9]{1,5}))?
+    /?
+    """,
+    re.IGNORECASE | re.VERBOSE,
 )
+_DEFAULT_PROXY_PORT = 80  # of plain HTTP
 
 
 class _Proxy(NamedTuple):
     address: str  # HOST:PORT
-    headers: Dict[str, str]  # for the proxy alone
+    headers: Dict[str, str]  # sent to the proxy, and not to the exchange
 
 
 def _find_proxy(host: str) -> Optional[_Proxy]:
@@ -947,34 +967,34 @@ def _find_proxy(host: str) -> Optional[_Proxy]:
         password = urllib.parse.unquote(password)
         basic = _to_base64(f"{user}:{password}".encode())
         headers["Proxy-Authorization"] = f"Basic {basic}"
-    return _Proxy(f"{match['host']}:{match['port'] or 80}", headers)
+    port = match["port"] or _DEFAULT_PROXY_PORT
+    return _Proxy(f"{match['host']}:{port}", headers)
 
 
 def _new_connection(
     request: Request, timeout: float
 ) -> http.client.HTTPConnection:
     """Return a connection that is not open yet."""
-    if request.type == "http":
+    if request.type == "http":  # to this machine, so without a proxy
         return http.client.HTTPConnection(request.host, timeout=timeout)
     context = _tls_context()
     proxy = _find_proxy(request.host)
-    if proxy is None:
-        return http.client.HTTPSConnection(
-            request.host, timeout=timeout, context=context
-        )
+    # With a proxy, the connection is to the proxy. http.client then asks the
+    # proxy for a tunnel to the host of the request, and begins TLS with that
+    # host through the tunnel.
+    address = request.host if proxy is None else proxy.address
     connection = http.client.HTTPSConnection(
-        proxy.address, timeout=timeout, context=context
+        address, timeout=timeout, context=context
     )
-    # With this, http.client first asks the proxy in plain HTTP for a tunnel to
-    # request.host, and then begins TLS with that host through the tunnel.
-    connection.set_tunnel(request.host, headers=proxy.headers)
+    if proxy is not None:
+        connection.set_tunnel(request.host, headers=proxy.headers)
     return connection
 
 
 def _connect(request: Request, timeout: float) -> http.client.HTTPConnection:
     """Return an open connection to the host of a request."""
     connection = _new_connection(request, timeout)
-    # Do this before connect, which receives the response of the proxy, if any.
+    # Do this before connect: it receives the response of the proxy, if any.
     _set_response_timeout(connection, timeout)
     try:
         connection.connect()
@@ -984,33 +1004,35 @@ def _connect(request: Request, timeout: float) -> http.client.HTTPConnection:
     return connection
 
 
-class _Idle(NamedTuple):
+class _IdleConnection(NamedTuple):
     connection: http.client.HTTPConnection
     since: float  # time.monotonic() at the end of its last response
 
 
-class _IdleConnections(Dict[Any, _Idle]):
-    """The idle connections of one thread, by origin.
+class _IdleConnections:
+    """The idle connections of one thread, by origin."""
 
-    _ThreadConnections (below) holds one such dict for each thread. When a
-    thread ends, Python deletes its dict, and __del__ closes the connections.
-    Without __del__, Python would show a ResourceWarning for each of them.
-    """
+    def __init__(self) -> None:
+        self.by_origin: Dict[Any, _IdleConnection] = {}
 
     def __del__(self) -> None:
-        for idle in self.values():
+        """Close the connections: Python calls this when the thread ends.
+
+        Otherwise, Python would show a ResourceWarning for each of them.
+        """
+        for idle in self.by_origin.values():
             idle.connection.close()
 
 
-class _ThreadConnections(threading.local):
-    """Has the attribute by_origin, with a separate dict for each thread."""
-
-    def __init__(self) -> None:
-        # threading.local calls this once in each thread.
-        self.by_origin = _IdleConnections()
+_thread_local = threading.local()  # has other attributes in each thread
 
 
-_connections = _ThreadConnections()
+def _idle_connections() -> Dict[Any, _IdleConnection]:
+    """Return the idle connections of the current thread, by origin."""
+    if not hasattr(_thread_local, "idle"):
+        _thread_local.idle = _IdleConnections()
+    idle: _IdleConnections = _thread_local.idle
+    return idle.by_origin
 
 
 def _is_stale(sock: Any) -> bool:
@@ -1020,13 +1042,15 @@ def _is_stale(sock: Any) -> bool:
     read, the server has closed it, or has sent bytes that answer no request.
     A connection that cannot be checked is not used either.
     """
-    # TLS may hold decrypted bytes, which a selector cannot see.
+    # A TLS socket may already have received bytes. They are pending in its
+    # memory, where a selector does not look.
     if hasattr(sock, "pending") and sock.pending():
         return True
     try:
         with selectors.DefaultSelector() as selector:
             selector.register(sock, selectors.EVENT_READ)
-            return bool(selector.select(timeout=0))
+            readable = selector.select(timeout=0)  # does not wait
+            return len(readable) > 0
     except OSError:  # such as too many open files
         return True
 
@@ -1035,7 +1059,7 @@ def _take_idle_connection(
     origin: Any,
 ) -> Optional[http.client.HTTPConnection]:
     """Return the thread's idle connection, if it can still be used."""
-    idle = _connections.by_origin.pop(origin, None)
+    idle = _idle_connections().pop(origin, None)
     if idle is None:
         return None
     age = time.monotonic() - idle.since
@@ -1045,9 +1069,9 @@ def _take_idle_connection(
     return idle.connection
 
 
-def _is_error(status: int) -> bool:
-    """Return whether a status is 3xx, 4xx, 5xx or higher."""
-    return status >= 300
+def _is_success(status: int) -> bool:
+    """Return whether a status is 2xx. (_receive refuses lower ones.)"""
+    return status < 300
 
 
 def _check_size(body: Union[bytes, bytearray]) -> None:
@@ -1055,7 +1079,7 @@ def _check_size(body: Union[bytes, bytearray]) -> None:
         raise http.client.HTTPException("the body is larger than MAX_BODY")
 
 
-def _has_length_header(response: http.client.HTTPResponse) -> bool:
+def _is_length_declared(response: http.client.HTTPResponse) -> bool:
     """Return whether a header tells where the body ends.
 
     Raise an error if there are several such headers, because they could
@@ -1070,37 +1094,26 @@ def _has_length_header(response: http.client.HTTPResponse) -> bool:
     return len(declared) == 1
 
 
-def _append_body(response: http.client.HTTPResponse, body: bytearray) -> None:
-    """Read a body to its end, and append its bytes to a bytearray.
-
-    Raise EOFError if the server closes the connection before that. Then the
-    bytearray has the bytes that were received until then.
-    """
-    part = response.read1(65536)
-    while part:
-        body += part
-        _check_size(body)
-        part = response.read1(65536)
-
-
 def _read_raw_body(response: http.client.HTTPResponse) -> bytes:
     """Return the body as it was received, perhaps compressed."""
-    body = bytearray()
-    # After HEAD and for a status such as 204, the length is always 0.
-    if _has_length_header(response) or response.length == 0:
-        _append_body(response, body)
-    elif _is_error(response.status):
-        # This body has no other end than that the server closes the
-        # connection. Nobody can tell whether it is complete, but it is good
-        # enough for the message of an error.
-        try:
-            _append_body(response, body)
-        except EOFError:
-            pass
-    else:
+    # http.client sets length to 0 if there can be no body, as after HEAD.
+    is_end_known = _is_length_declared(response) or response.length == 0
+    if not is_end_known and _is_success(response.status):
         raise http.client.HTTPException(
             "without a Content-Length, the body could be incomplete"
         )
+    body = bytearray()
+    try:
+        part = response.read1(65536)
+        while part:
+            body += part
+            _check_size(body)
+            part = response.read1(65536)
+    except EOFError:  # The server has closed the connection.
+        if is_end_known:
+            raise
+        # Only the close ends this body. Whether it is complete is unknown, but
+        # it is good enough for the message of an error.
     return bytes(body)
 
 
@@ -1126,22 +1139,23 @@ def _read_body(response: http.client.HTTPResponse) -> bytes:
 def _receive(connection: http.client.HTTPConnection) -> Response:
     """Receive a response.
 
-    If its body cannot be read, raise an error for a status of 2xx. For any
-    other status, return the response with an empty body.
+    If its body cannot be read, raise an error for a status of 2xx. For a
+    higher status, return the response with an empty body.
     """
     with connection.getresponse() as response:
-        if response.status < 200:  # http.client skips 100, but not 101.
+        if response.status < 200:
+            # http.client skips the status 100, but not 101 and the others.
             raise http.client.HTTPException(
                 f"unexpected status {response.status}"
             )
         try:
             body = _read_body(response)
         except Exception:
-            if not _is_error(response.status):
+            if _is_success(response.status):
                 raise
-            # Return the response without its body. Close the connection,
-            # because the rest of the body could be taken for the next
-            # response.
+            # The status of the error matters more than its body. Close the
+            # connection, because the rest of the body could be taken for the
+            # next response.
             connection.close()
             body = b""
     return Response(response.status, response.headers, body)
@@ -1152,8 +1166,8 @@ def _send_and_receive(
 ) -> Response:
     """Send a request once and return its response."""
     try:
-        # Set the timeouts for sending and for the response, because a kept
-        # connection still has the timeouts of the request before this one.
+        # Set the timeouts for sending and for the response. (A kept connection
+        # still has those of its previous request.)
         connection.sock.settimeout(timeout)
         _set_response_timeout(connection, timeout)
         connection.request(
@@ -1167,8 +1181,9 @@ def _send_and_receive(
         connection.close()  # A late response must not reach the next request.
         raise
     if response.status == 408:
-        # The server may have sent the 408 before this request arrived. Then a
-        # second response may follow. The next request must not receive it.
+        # The server may have sent the 408 because the connection was idle,
+        # before this request arrived. Then the response to this request may
+        # still come, and the next request must not receive it.
         connection.close()
     return response
 
@@ -1189,7 +1204,8 @@ def send(request: Request, *, timeout: float = DEFAULT_TIMEOUT) -> Response:
     The response may have any status. If the status is not 2xx, the body may
     be cut off, or empty if it cannot be read.
 
-    timeout is in seconds. None of these steps takes longer than that:
+    timeout is in seconds, and holds for each of these steps. So the whole call
+    can take longer:
     - connect to one address (a host may have several)
     - open the tunnel, if there is a proxy
     - begin TLS, if base_url is https
@@ -1200,7 +1216,7 @@ def send(request: Request, *, timeout: float = DEFAULT_TIMEOUT) -> Response:
 
     Raises NotSentError or UnknownOutcomeError. Raises ValueError if timeout
     is not a number above 0 and up to 86400 (a day). A KeyboardInterrupt is
-    raised as it is, and does not tell whether the request was executed.
+    raised as it is; the request may have been executed all the same.
     """
     _check_timeout(timeout)
     # The process id is included, so that a forked child does not use the
@@ -1216,9 +1232,10 @@ def send(request: Request, *, timeout: float = DEFAULT_TIMEOUT) -> Response:
         response = _send_and_receive(connection, request, timeout)
     except Exception as error:
         raise UnknownOutcomeError(request, _describe(error)) from error
-    # If http.client or this module has closed the connection, sock is None.
-    if connection.sock is not None:
-        _connections.by_origin[origin] = _Idle(connection, time.monotonic())
+    is_open = connection.sock is not None
+    if is_open:
+        idle = _IdleConnection(connection, since=time.monotonic())
+        _idle_connections()[origin] = idle
     return response
 
 
@@ -1227,7 +1244,7 @@ def send(request: Request, *, timeout: float = DEFAULT_TIMEOUT) -> Response:
 
 def _decode(body: bytes) -> Any:
     """Return decoded JSON, the text if it is not JSON, or None if empty."""
-    text = body.decode("utf-8-sig", "replace")  # without a byte order mark
+    text = body.decode("utf-8-sig", "replace")  # removes a byte order mark
     if not text:
         return None
     try:
@@ -1241,10 +1258,10 @@ def _result(request: Request, response: Response) -> Any:
     try:
         body = _decode(response.body)
     except MemoryError as error:  # _decode raises no other exception.
-        # The request was sent, so raise a BPXError: after any other Exception,
-        # the caller may assume that nothing was sent.
+        # The request was sent. So raise a BPXError, because every other
+        # Exception means that nothing was sent.
         raise UnknownOutcomeError(request, _describe(error)) from error
-    if _is_error(response.status):
+    if not _is_success(response.status):
         raise APIError(request, response.status, body, response.headers)
     return body
 
@@ -1318,16 +1335,19 @@ name:=null leaves it out. Write prices and quantities as text. A request that
 must be signed is signed with the secret key in the environment variable
 BPX_SECRET_KEY. The body of the response is printed as JSON.
 
+Do not share what --dry-run prints: until timestamp + window has passed, anyone
+who has it can send the request.
+
 example:
   python bpx.py --dry-run POST /api/v1/order symbol=SOL_USDC side=Bid \\
       orderType=Limit price=170.50 quantity=1.0 postOnly:=true
 
 exit status:
-  0  success
-  1  APIError: the exchange has refused the request
-  2  a wrong argument, a missing key or module, or a dry run that failed:
-     nothing was sent
-  3  NotSentError: there was no connection, so nothing was sent
+  0  Success.
+  1  APIError with the status 3xx or 4xx, except 408: the request was refused.
+  2  Nothing was sent: a wrong argument, a missing key or module, or a dry run
+     that failed.
+  3  Nothing was sent: NotSentError, the connection could not be made.
   4  The exchange may have executed the request. This is the status after an
      UnknownOutcomeError, an APIError with the status 408 or 5xx, an
      interrupt of the request, or a response that could not be printed.
@@ -1342,7 +1362,7 @@ _SHOWN_HEADERS = (
 )
 
 
-# File descriptors.
+# Two file descriptors.
 _STANDARD_OUTPUT = 1
 _STANDARD_ERROR = 2
 
@@ -1388,7 +1408,8 @@ def _make_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("method", metavar="METHOD", type=str.upper, help="such as GET")
     add("path", metavar="PATH", help="such as /api/v1/order")
-    # Without default=[], "bpx.py GET" would say that name=text is required.
+    # Without default=[], a missing PATH would be reported as if name=text were
+    # missing too.
     add(
         "pairs", metavar="name=text", nargs="*", default=[], help="a parameter"
     )
@@ -1413,7 +1434,7 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     add(
         "--instruction",
         metavar="NAME",
-        help="sign with this instruction (default: that of METHOD and PATH)",
+        help="sign with this instruction (default: found by METHOD and PATH)",
     )
     add(
         "--window",
@@ -1453,7 +1474,7 @@ def _unique_names(pairs: List[Tuple[str, Any]]) -> Dict[str, Any]:
     return mapping
 
 
-def _read_json(source: str, text: Union[str, bytes]) -> Any:
+def _parse_json(source: str, text: Union[str, bytes]) -> Any:
     """Return decoded JSON; raise ValueError if an object repeats a name.
 
     source says where the JSON came from; error messages begin with it.
@@ -1466,34 +1487,34 @@ def _read_json(source: str, text: Union[str, bytes]) -> Any:
         ) from error
 
 
-def _read_pair(pair: str) -> Tuple[str, Any]:
+def _parse_pair(pair: str) -> Tuple[str, Any]:
     """Return the name and the value of name=text or name:=json."""
     name, separator, text = pair.partition("=")
     is_json = name.endswith(":")
     if is_json:
         name = name[:-1]
-    # A secret key ends with "=". If it is passed here by mistake, it looks
+    # A secret key that is passed here by mistake ends with "=", so it looks
     # like a long name with an empty text. Refuse it, so that it is not sent.
     if not name or not separator or len(name) >= _KEY_LENGTH:
         raise ValueError(
             f"pass name=text or name:=json, not {_hide_long(pair)!r}"
         )
-    value = _read_json(name, text) if is_json else text
+    value = _parse_json(name, text) if is_json else text
     return name, value
 
 
 def _read_params(args: argparse.Namespace) -> Any:
     """Return the parameters: the pairs, or the value of --json."""
     if args.json is None:
-        return _unique_names([_read_pair(pair) for pair in args.pairs])
+        return _unique_names([_parse_pair(pair) for pair in args.pairs])
     if args.pairs:
         raise ValueError("pass name=text parameters or --json, not both")
     if args.json == "-":
         if sys.stdin is None:
             raise ValueError("--json -: standard input is closed")
-        params = _read_json("standard input", sys.stdin.buffer.read())
+        params = _parse_json("standard input", sys.stdin.buffer.read())
     else:
-        params = _read_json("--json", args.json)
+        params = _parse_json("--json", args.json)
     if params is None:
         raise ValueError("--json: pass an object or a list, not null")
     return params
@@ -1573,7 +1594,14 @@ def _run(
         _exit(2, _describe(error))
 
 
-def _print(result: Any, is_dry_run: bool) -> None:
+def _print_text(text: str) -> None:
+    """Print a text; raise OSError if that is not possible."""
+    if sys.stdout is None:  # It was closed, and print would silently return.
+        raise OSError("standard output is closed")
+    print(text, flush=True)
+
+
+def _print_result(result: Any, is_dry_run: bool) -> None:
     """Print the text of a dry run, or a decoded body as JSON.
 
     If printing fails, exit with 4, because the request was sent; after a dry
@@ -1581,10 +1609,7 @@ def _print(result: Any, is_dry_run: bool) -> None:
     not a failure.
     """
     try:
-        text = result if is_dry_run else json.dumps(result, indent=2)
-        if sys.stdout is None:  # It was closed, so print would do nothing.
-            raise OSError("standard output is closed")  # handled below
-        print(text, flush=True)
+        _print_text(result if is_dry_run else json.dumps(result, indent=2))
     except BrokenPipeError:  # The reader of the pipe has had enough.
         _redirect_to_null_device(_STANDARD_OUTPUT)
     except (Exception, KeyboardInterrupt) as error:
@@ -1596,8 +1621,9 @@ def _print(result: Any, is_dry_run: bool) -> None:
 def main(argv: Optional[Sequence[str]] = None) -> None:
     """Run the command line; if it fails, exit with a status that --help lists.
 
-    argv is a list of str, by default sys.argv[1:]. If printing fails, standard
-    output is redirected to the null device for the rest of the process.
+    argv is a list of str, by default sys.argv[1:]. If printing to standard
+    output or standard error fails, that stream is redirected to the null
+    device for the rest of the process.
     """
     # parse_intermixed_args allows options between the parameters.
     args = _make_parser().parse_intermixed_args(argv)
@@ -1612,7 +1638,7 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
         _exit(2, _describe(error))
     if not args.dry_run:
         result = _run(args, params, secret_key)
-    _print(result, args.dry_run)
+    _print_result(result, args.dry_run)
 
 
 if __name__ == "__main__":

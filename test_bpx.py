@@ -339,7 +339,7 @@ BAD_PARAMS = [
     *((value, "params: pass at least one order in a batch") for value in ([], ())),
     (LOOP, "params: pass fewer levels of nesting"),
 ]
-INSTRUCTION = "instruction: pass a name, such as 'orderExecute'"
+INSTRUCTION = "instruction: pass only letters and digits, as in 'orderExecute'"
 TIMESTAMP = "timestamp: pass an int of milliseconds since 1970, not "
 WINDOW = "window: pass an int from 1 to 60000 milliseconds, not "
 BAD_TIMES = [
@@ -347,11 +347,12 @@ BAD_TIMES = [
     *(({"window": value}, WINDOW + type(value).__name__) for value in ("5000", None)),
     *(({"timestamp": value}, TIMESTAMP + str(value)) for value in (-1, True, 1.5)),
     ({"timestamp": "1750793021519"}, TIMESTAMP + "str"),
-    *(({"instruction": value}, INSTRUCTION) for value in ("a&b=c", "a\n", " ", "", b"accountQuery", 5, GUIDE_KEY)),
+    *(({"instruction": value}, INSTRUCTION) for value in ("a&b=c", "a\n", " ", "", "é", "²", GUIDE_KEY)),
+    *(({"instruction": value}, f"instruction: pass a str, not {type(value).__name__}") for value in (b"orderExecute", 5)),
 ]
 KEY = "secret_key: pass the base64 of 32 bytes; "
-NOT_BASE64 = KEY + "these {} characters are not base64"
-SIZE = KEY + "this is the base64 of {} bytes"
+NOT_BASE64 = KEY + "the {} characters that were passed are not base64"
+SIZE = KEY + "what was passed is the base64 of {} bytes"
 BAD_KEYS = [
     ("!" + GUIDE_KEY[1:], NOT_BASE64.format(44)),
     (GUIDE_KEY.replace("/", "_"), NOT_BASE64.format(44)),
