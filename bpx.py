@@ -635,14 +635,11 @@ def sign_request(
 _METHOD_PATTERN = re.compile("[A-Za-z]+")
 _PATH_PATTERN = re.compile("[A-Za-z0-9_./~%-]+")
 _BASE_URL_PATTERN = re.compile(
-    r"""
-    (?P<scheme>https?)://
-    (?P<host>[A-Za-z0-9.-]+|\[[0-9A-Fa-f:.]+\])  # a name or [IPv6 address]
-    (:(?P<port>[0-9]{1,5}))?
-    (/[A-Za-z0-9_.~-]+)*  # a path
-    /?
-    """,
-    re.VERBOSE,
+    r"(?P<scheme>https?)://"
+    r"(?P<host>[A-Za-z0-9.-]+|\[[0-9A-Fa-f:.]+\])"  # a name or [IPv6 address]
+    r"(:(?P<port>[0-9]{1,5}))?"
+    r"(/[A-Za-z0-9_.~-]+)*"  # a path
+    r"/?"
 )
 _LOOPBACK_HOSTS = ("localhost", "127.0.0.1", "[::1]")
 _HEADER_NAME_PATTERN = re.compile("[A-Za-z0-9-]+")
@@ -928,14 +925,12 @@ def _tls_context() -> Any:
 
 
 _PROXY_PATTERN = re.compile(
-    r"""
-    (http://)?
-    ((?P<credentials>[^/]+)@)?  # USER:PASSWORD, or only USER
-    (?P<host>[a-z0-9._-]+|\[[0-9a-f:.]+\])  # a name or [IPv6 address]
-    (:(?P<port>[0-9]{1,5}))?
-    /?
-    """,
-    re.IGNORECASE | re.VERBOSE,
+    r"(http://)?"
+    r"((?P<credentials>[^/]+)@)?"  # USER:PASSWORD, or only USER
+    r"(?P<host>[a-z0-9._-]+|\[[0-9a-f:.]+\])"  # a name or [IPv6 address]
+    r"(:(?P<port>[0-9]{1,5}))?"
+    r"/?",
+    re.IGNORECASE,
 )
 _DEFAULT_PROXY_PORT = 80  # of plain HTTP
 
