@@ -30,7 +30,7 @@ window=5000
 
 This secret key is the example in the exchange's Python guide.
 
-After the error classes come six parts. Each part uses only those above it:
+After the error classes come six parts. Each part uses only the parts above it:
 
 1. canonical_string returns the text that is signed.
 2. sign_request returns the headers with the signature of that text.
@@ -111,10 +111,10 @@ DEFAULT_WINDOW = 5000  # milliseconds for which a signed request is valid
 MAX_WINDOW = 60000  # milliseconds, the exchange's limit
 DEFAULT_TIMEOUT = 10.0  # seconds for each step of a request (see send)
 MAX_IDLE = 15.0  # seconds after which an idle connection is not used again
-MAX_BODY = 16 * 1024 * 1024  # bytes of the largest body, also when unpacked
+MAX_BODY = 16 * 1024 * 1024  # bytes; a larger body is refused, also unpacked
 
-# A secret key has 43 characters and a "=". Error messages hide every text of
-# 43 or more characters, because it could be a key.
+# A secret key has 43 characters and a "=". Error messages do not show a bad
+# argument of 43 or more characters, because it could be a key.
 _KEY_LENGTH = 43
 
 # The parameters of a request: None, a mapping of names to values, or (for a
@@ -251,13 +251,13 @@ class UnknownOutcomeError(BPXError):
     """Sending began, but no complete and valid response was received.
 
     The exchange may have executed the request. The same is true of an APIError
-    with the status 408 or 5xx: outcome_unknown is True for both.
+    with the status 408 or 5xx: both errors have outcome_unknown = True.
 
     Before you repeat an order, find out whether it was executed:
-    1. Wait until its timestamp + window has passed, and some seconds more,
-       because the clocks may differ. Until then, the exchange may accept it.
-       (urllib stores them as "X-timestamp" and "X-window" in
-       error.request.headers.)
+    1. Wait until the timestamp + window of the request has passed, and some
+       seconds more, because the clocks may differ. Until then, the exchange
+       may still accept the order. Both numbers are in error.request.headers,
+       with the names "X-timestamp" and "X-window" (urllib changes the case).
     2. Search for its clientId, which you should give to every order:
        GET /api/v1/order finds an open order by it, and
        GET /wapi/v1/history/orders lists filled and cancelled orders.
@@ -280,8 +280,8 @@ def _describe(error: BaseException) -> str:
 def _number_or_type(value: Any) -> str:
     """Return what an error message shows of a bad value.
 
-    This is a number, or for any other value only the name of its type,
-    because the value could be a secret.
+    For a number, this is the number. For any other value it is only the name
+    of its type, because the value could be a secret.
     """
     if isinstance(value, (int, float)):
         return repr(value)
@@ -315,7 +315,7 @@ def _check_str(value: Any, place: str) -> None:
 # The parameter place tells where a value stands, such as params[0].price.
 # Error messages begin with it.
 
-# Writes the JSON of a request's body, and of mappings in the canonical string.
+# Makes the JSON of a body, and of a mapping within the canonical string.
 _JSON_ENCODER = json.JSONEncoder(
     ensure_ascii=False, separators=(",", ":"), sort_keys=True
 )
@@ -358,14 +358,15 @@ def _normalize_mapping(mapping: Any, place: str) -> Dict[str, Any]:
         )
     normalized = {}
     for name, value in mapping.items():
-        # ASCII text and an int of the plain types need no conversion. Not to
-        # call the functions for them makes signing 10 % faster.
-        if type(name) is not str or not name.isascii():
-            name = _normalize_name(name, place)
-        kind = type(value)
-        is_normalized = kind is int or (kind is str and value.isascii())
-        if not is_normalized:
-            value = _normalize_value(value, f"{place}.{_hide_long(name)}")
+        if type(name) is str and name.isascii():
+            kind = type(value)
+            if kind is int or (kind is str and value.isascii()):
+                # The most frequent case: there is nothing to convert. Without
+                # these lines, signing takes 10 % longer.
+                normalized[name] = value
+                continue
+        name = _normalize_name(name, place)
+        value = _normalize_value(value, f"{place}.{_hide_long(name)}")
         if value is not None:
             normalized[name] = value
     return normalized
@@ -377,7 +378,7 @@ def _normalize_name(name: Any, place: str) -> str:
         raise TypeError(
             f"{place}: pass names as str, not {_number_or_type(name)}"
         )
-    # A surrogate in the name could not be printed; ascii() shows it as \udXXX.
+    # A surrogate in the name cannot be printed; ascii() shows it as \udXXX.
     return _normalize_text(name, f"{place}, name {ascii(_hide_long(name))}")
 
 
@@ -454,7 +455,7 @@ def _name_value_pairs(mapping: Dict[str, Any]) -> List[Tuple[str, str]]:
     for name in sorted(mapping):
         value = mapping[name]
         if type(value) is str:
-            # Most values are str: this is faster than to call _value_text.
+            # Most values are str. It is faster not to call _value_text.
             pairs.append((name, value))
         elif isinstance(value, list):
             # The exchange does not document how a list is signed. This
@@ -505,14 +506,14 @@ def _make_canonical_string(
         )
     # instruction=<instruction>&<name>=<value>&...&timestamp=<ms>&window=<ms>
     # In a batch, the part before timestamp is repeated for each order.
-    texts = []
+    pairs = []
     for mapping in mappings:
-        texts.append(f"instruction={instruction}")
+        pairs.append(f"instruction={instruction}")
         for name, text in _name_value_pairs(mapping):
-            texts.append(f"{name}={text}")
-    texts.append(f"timestamp={timestamp}")
-    texts.append(f"window={window}")
-    return "&".join(texts)
+            pairs.append(f"{name}={text}")
+    pairs.append(f"timestamp={timestamp}")
+    pairs.append(f"window={window}")
+    return "&".join(pairs)
 
 
 def canonical_string(
@@ -560,7 +561,8 @@ def _from_base64(text: str) -> Optional[bytes]:
     return data if _to_base64(data) == text else None
 
 
-@functools.lru_cache(maxsize=8)  # Loading takes as long as signing.
+# Keeps the last eight keys, because loading one takes as long as signing.
+@functools.lru_cache(maxsize=8)
 def _load_key(secret_key: str) -> Tuple[Any, str]:
     """Return the nacl.signing.SigningKey and the API key of a secret key."""
     try:
@@ -616,9 +618,10 @@ def sign_request(
     """Return the headers X-API-Key, X-Signature, X-Timestamp and X-Window.
 
     secret_key is the base64 of the 32-byte Ed25519 seed, as the exchange's
-    settings page shows it. The API key is derived from it. timestamp (by
-    default now) and window are in milliseconds. For instruction and params,
-    see canonical_string.
+    settings page shows it; white space around it is ignored. The API key is
+    derived from it. The module keeps the last eight keys in memory. timestamp
+    (by default now) and window are in milliseconds. For instruction and
+    params, see canonical_string.
 
     Raises TypeError or ValueError for arguments that cannot be signed, and
     for a bad secret_key. No error message contains secret_key. Raises
@@ -644,7 +647,7 @@ _BASE_URL_PATTERN = re.compile(
 _LOOPBACK_HOSTS = ("localhost", "127.0.0.1", "[::1]")
 _HEADER_NAME_PATTERN = re.compile("[A-Za-z0-9-]+")
 _HEADER_VALUE_PATTERN = re.compile("[ -~]*")  # printable ASCII
-_RESERVED_HEADERS = (  # Only bpx.py and http.client may set these.
+_RESERVED_HEADERS = (  # Callers must not set these.
     "accept-encoding",
     "content-encoding",
     "content-length",
@@ -821,7 +824,7 @@ def build_request(
         all_headers.update(
             _sign(instruction, mappings, secret_key, timestamp, window)
         )
-    # A batch is sent as a list, also if it has one order.
+    # A batch is sent as a list, even if it has only one order.
     is_batch = isinstance(params, (list, tuple))
     content: Any = mappings if is_batch else mappings[0]
     if method == "GET":
@@ -838,7 +841,7 @@ def build_request(
 # - follows redirects, and so could send the signature to another host,
 # - has no limit for the total time of a response.
 #
-# Each thread keeps one idle connection per origin (scheme, host and port).
+# Each thread keeps one idle connection for each scheme, host and port.
 # After any failure, a connection is closed, because a late response could be
 # taken for the response to the next request.
 
@@ -847,7 +850,7 @@ class Response(NamedTuple):
     """A response of any status.
 
     The names of headers are not case-sensitive. A compressed body is already
-    unpacked.
+    unpacked, although the headers still have its Content-Encoding.
     """
 
     status: int
@@ -858,29 +861,36 @@ class Response(NamedTuple):
 class _ResponseStream(io.RawIOBase):
     """A stream that receives one response from a socket, until a deadline.
 
-    It is a layer above SocketIO, which is Python's own stream of a socket:
+    It is one of several layers:
+
+        HTTPResponse <- BufferedReader <- _ResponseStream <- SocketIO <- socket
+
+    SocketIO is Python's own stream of a socket. _ResponseStream changes this:
     - If the deadline passes before the whole response was received, it raises
       TimeoutError. (The timeout of a socket begins again with every read, so
       a slow server could make a response last forever.)
-    - If the server closes the connection, it raises EOFError. (http.client
+    - If the server closes the connection, it raises EOFError. (HTTPResponse
       would take the close for the end of the headers, and so would accept a
       response without its last headers.)
     """
 
-    def __init__(self, sock: Any, timeout: float) -> None:
+    def __init__(self, sock: Any) -> None:
         self._sock = sock
         self._socket_io: Any = sock.makefile("rb", buffering=0)  # a SocketIO
-        self._deadline = time.monotonic() + timeout
+        # The socket's timeout for one read is the time for the whole response.
+        self._deadline = time.monotonic() + sock.gettimeout()
 
     def makefile(self, mode: str) -> io.BufferedReader:
         """Return the stream from which HTTPResponse reads.
 
-        This is the only method that HTTPResponse calls of its socket. So a
-        _ResponseStream can be passed to it in place of a socket.
+        HTTPResponse uses its socket only to call makefile. So it can be given
+        a _ResponseStream in place of a socket.
         """
         return io.BufferedReader(self)
 
-    def readable(self) -> bool:  # BufferedReader calls it.
+    # BufferedReader calls these three methods.
+
+    def readable(self) -> bool:
         return True
 
     def readinto(self, buffer: Any) -> int:
@@ -899,21 +909,12 @@ class _ResponseStream(io.RawIOBase):
         super().close()
 
 
-def _make_response(
-    timeout: float, sock: Any, *args: Any, **options: Any
-) -> http.client.HTTPResponse:
-    """Return an HTTPResponse that reads through a _ResponseStream."""
-    stream: Any = _ResponseStream(sock, timeout)
-    return http.client.HTTPResponse(stream, *args, **options)
+class _TimedResponse(http.client.HTTPResponse):
+    """An HTTPResponse that reads through a _ResponseStream."""
 
-
-def _set_response_timeout(connection: Any, timeout: float) -> None:
-    """Set the timeout of the later responses of a connection, in seconds.
-
-    When http.client begins to receive a response, it calls
-    connection.response_class(sock, ...). The deadline counts from that call.
-    """
-    connection.response_class = functools.partial(_make_response, timeout)
+    def __init__(self, sock: Any, *args: Any, **options: Any) -> None:
+        stream: Any = _ResponseStream(sock)
+        super().__init__(stream, *args, **options)
 
 
 @functools.lru_cache(maxsize=None)  # because loading certificates takes long
@@ -989,8 +990,9 @@ def _new_connection(
 def _connect(request: Request, timeout: float) -> http.client.HTTPConnection:
     """Return an open connection to the host of a request."""
     connection = _new_connection(request, timeout)
-    # Do this before connect: it receives the response of the proxy, if any.
-    _set_response_timeout(connection, timeout)
+    # Now http.client makes a _TimedResponse each time it begins to receive a
+    # response: from the exchange, or from a proxy within connect().
+    connection.response_class = _TimedResponse
     try:
         connection.connect()
     except BaseException:
@@ -999,35 +1001,34 @@ def _connect(request: Request, timeout: float) -> http.client.HTTPConnection:
     return connection
 
 
-class _IdleConnection(NamedTuple):
-    connection: http.client.HTTPConnection
-    since: float  # time.monotonic() at the end of its last response
-
-
 class _IdleConnections:
-    """The idle connections of one thread, by origin."""
+    """The idle connections of one thread.
+
+    This is a class, and not only a dict, in order to have __del__.
+    """
 
     def __init__(self) -> None:
-        self.by_origin: Dict[Any, _IdleConnection] = {}
+        # A key says to which host a connection leads (see send). A value is
+        # the connection, and time.monotonic() at the end of its last response.
+        self.by_key: Dict[Any, Tuple[http.client.HTTPConnection, float]] = {}
 
     def __del__(self) -> None:
         """Close the connections: Python calls this when the thread ends.
 
         Otherwise, Python would show a ResourceWarning for each of them.
         """
-        for idle in self.by_origin.values():
-            idle.connection.close()
+        for connection, _ in self.by_key.values():
+            connection.close()
 
 
-_thread_local = threading.local()  # has other attributes in each thread
+class _ThreadLocal(threading.local):
+    """Has an attribute of its own for each thread."""
+
+    def __init__(self) -> None:  # Python calls this once in each thread.
+        self.idle_connections = _IdleConnections()
 
 
-def _idle_connections() -> Dict[Any, _IdleConnection]:
-    """Return the idle connections of the current thread, by origin."""
-    if not hasattr(_thread_local, "idle"):
-        _thread_local.idle = _IdleConnections()
-    idle: _IdleConnections = _thread_local.idle
-    return idle.by_origin
+_thread_local = _ThreadLocal()
 
 
 def _is_stale(sock: Any) -> bool:
@@ -1050,22 +1051,24 @@ def _is_stale(sock: Any) -> bool:
         return True
 
 
-def _take_idle_connection(
-    origin: Any,
-) -> Optional[http.client.HTTPConnection]:
-    """Return the thread's idle connection, if it can still be used."""
-    idle = _idle_connections().pop(origin, None)
-    if idle is None:
+def _take_idle_connection(key: Any) -> Optional[http.client.HTTPConnection]:
+    """Remove and return the idle connection of this key.
+
+    Return None if the thread has none, or if it cannot be used again.
+    """
+    by_key = _thread_local.idle_connections.by_key
+    if key not in by_key:
         return None
-    age = time.monotonic() - idle.since
-    if age >= MAX_IDLE or _is_stale(idle.connection.sock):
-        idle.connection.close()
+    connection, idle_since = by_key.pop(key)
+    idle_time = time.monotonic() - idle_since
+    if idle_time >= MAX_IDLE or _is_stale(connection.sock):
+        connection.close()
         return None
-    return idle.connection
+    return connection
 
 
 def _is_success(status: int) -> bool:
-    """Return whether a status is 2xx. (_receive refuses lower ones.)"""
+    """Return whether a status, which is at least 200, is 2xx."""
     return status < 300
 
 
@@ -1090,7 +1093,12 @@ def _is_length_declared(response: http.client.HTTPResponse) -> bool:
 
 
 def _read_raw_body(response: http.client.HTTPResponse) -> bytes:
-    """Return the body as it was received, perhaps compressed."""
+    """Return the body as it was received, perhaps compressed.
+
+    If its end is known, it must be complete. Otherwise it ends when the server
+    closes the connection, so it could be incomplete. This is good enough for
+    the message of an error, but not for a success.
+    """
     # http.client sets length to 0 if there can be no body, as after HEAD.
     is_end_known = _is_length_declared(response) or response.length == 0
     if not is_end_known and _is_success(response.status):
@@ -1099,16 +1107,15 @@ def _read_raw_body(response: http.client.HTTPResponse) -> bytes:
         )
     body = bytearray()
     try:
-        part = response.read1(65536)
-        while part:
+        while True:
+            part = response.read1(65536)
+            if not part:
+                break
             body += part
             _check_size(body)
-            part = response.read1(65536)
     except EOFError:  # The server has closed the connection.
         if is_end_known:
             raise
-        # Only the close ends this body. Whether it is complete is unknown, but
-        # it is good enough for the message of an error.
     return bytes(body)
 
 
@@ -1134,8 +1141,8 @@ def _read_body(response: http.client.HTTPResponse) -> bytes:
 def _receive(connection: http.client.HTTPConnection) -> Response:
     """Receive a response.
 
-    If its body cannot be read, raise an error for a status of 2xx. For a
-    higher status, return the response with an empty body.
+    If the body cannot be read, raise an error for a status of 2xx, and return
+    an empty body for every other status.
     """
     with connection.getresponse() as response:
         if response.status < 200:
@@ -1161,10 +1168,8 @@ def _send_and_receive(
 ) -> Response:
     """Send a request once and return its response."""
     try:
-        # Set the timeouts for sending and for the response. (A kept connection
-        # still has those of its previous request.)
+        # For sending, and for the response (see _ResponseStream).
         connection.sock.settimeout(timeout)
-        _set_response_timeout(connection, timeout)
         connection.request(
             request.get_method(),
             request.selector,
@@ -1176,8 +1181,8 @@ def _send_and_receive(
         connection.close()  # A late response must not reach the next request.
         raise
     if response.status == 408:
-        # The server may have sent the 408 because the connection was idle,
-        # before this request arrived. Then the response to this request may
+        # The server may have sent this 408 because the connection was idle,
+        # before the request arrived. Then the response to the request may
         # still come, and the next request must not receive it.
         connection.close()
     return response
@@ -1199,11 +1204,11 @@ def send(request: Request, *, timeout: float = DEFAULT_TIMEOUT) -> Response:
     The response may have any status. If the status is not 2xx, the body may
     be cut off, or empty if it cannot be read.
 
-    timeout is in seconds, and holds for each of these steps. So the whole call
-    can take longer:
+    timeout is in seconds. Each of these steps may take that long, so the whole
+    call may take longer:
     - connect to one address (a host may have several)
     - open the tunnel, if there is a proxy
-    - begin TLS, if base_url is https
+    - begin TLS, if the URL is https
     - send the headers
     - send the body
     - receive the whole response
@@ -1211,14 +1216,14 @@ def send(request: Request, *, timeout: float = DEFAULT_TIMEOUT) -> Response:
 
     Raises NotSentError or UnknownOutcomeError. Raises ValueError if timeout
     is not a number above 0 and up to 86400 (a day). A KeyboardInterrupt is
-    raised as it is; the request may have been executed all the same.
+    raised as it is; the request may have been executed even then.
     """
     _check_timeout(timeout)
-    # The process id is included, so that a forked child does not use the
+    # The key has the process id, so that a forked child does not use the
     # connections of its parent.
-    origin = (os.getpid(), request.type, request.host)
+    key = (os.getpid(), request.type, request.host)
     try:
-        connection = _take_idle_connection(origin)
+        connection = _take_idle_connection(key)
         if connection is None:
             connection = _connect(request, timeout)
     except Exception as error:
@@ -1227,10 +1232,10 @@ def send(request: Request, *, timeout: float = DEFAULT_TIMEOUT) -> Response:
         response = _send_and_receive(connection, request, timeout)
     except Exception as error:
         raise UnknownOutcomeError(request, _describe(error)) from error
-    is_open = connection.sock is not None
-    if is_open:
-        idle = _IdleConnection(connection, since=time.monotonic())
-        _idle_connections()[origin] = idle
+    # http.client sets sock to None when a connection is closed.
+    if connection.sock is not None:
+        idle = (connection, time.monotonic())
+        _thread_local.idle_connections.by_key[key] = idle
     return response
 
 
@@ -1248,11 +1253,11 @@ def _decode(body: bytes) -> Any:
         return text
 
 
-def _result(request: Request, response: Response) -> Any:
+def _body_or_error(request: Request, response: Response) -> Any:
     """Return the decoded body of a response, or raise a BPXError."""
     try:
         body = _decode(response.body)
-    except MemoryError as error:  # _decode raises no other exception.
+    except MemoryError as error:  # the only error that _decode can raise
         # The request was sent. So raise a BPXError, because every other
         # Exception means that nothing was sent.
         raise UnknownOutcomeError(request, _describe(error)) from error
@@ -1298,7 +1303,7 @@ def request(
         base_url=base_url,
         headers=headers,
     )
-    return _result(built, send(built, timeout=timeout))
+    return _body_or_error(built, send(built, timeout=timeout))
 
 
 def get(path: str, params: Params = None, **options: Any) -> Any:
@@ -1373,8 +1378,8 @@ def _redirect_to_null_device(descriptor: int) -> None:
     os.dup2(null_device, descriptor)
 
 
-def _exit(status: int, message: str) -> NoReturn:
-    """Exit with a status and one line on standard error."""
+def _fail(status: int, message: str) -> NoReturn:
+    """Print one line on standard error, and exit with a status."""
     line = "bpx.py: " + " ".join(message.split())
     try:
         if sys.stderr is not None:  # None if it was closed at the start
@@ -1390,7 +1395,7 @@ class _ArgumentParser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         # One of the words could be a key.
         words = [_hide_long(word) for word in message.split()]
-        _exit(2, f"{' '.join(words)}; usage: {_USAGE}")
+        _fail(2, f"{' '.join(words)}; usage: {_USAGE}")
 
 
 def _make_parser() -> argparse.ArgumentParser:
@@ -1403,8 +1408,8 @@ def _make_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("method", metavar="METHOD", type=str.upper, help="such as GET")
     add("path", metavar="PATH", help="such as /api/v1/order")
-    # Without default=[], a missing PATH would be reported as if name=text were
-    # missing too.
+    # default=[] is for the error about a missing PATH. Otherwise it would say
+    # that name=text is missing too.
     add(
         "pairs", metavar="name=text", nargs="*", default=[], help="a parameter"
     )
@@ -1575,23 +1580,23 @@ def _run(
             timeout=args.timeout,
         )
     except NotSentError as error:
-        _exit(3, f"{_describe(error)} (nothing was sent)")
+        _fail(3, f"{_describe(error)} (nothing was sent)")
     except BPXError as error:
         if error.outcome_unknown:
-            _exit(
+            _fail(
                 4, f"{_describe(error)} (the request may have been executed)"
             )
-        _exit(1, _describe(error))
+        _fail(1, _describe(error))
     except KeyboardInterrupt:
-        _exit(4, "interrupted (the request may have been executed)")
+        _fail(4, "interrupted (the request may have been executed)")
     except Exception as error:
         # It is not a BPXError, so it was raised before sending began.
-        _exit(2, _describe(error))
+        _fail(2, _describe(error))
 
 
 def _print_text(text: str) -> None:
-    """Print a text; raise OSError if that is not possible."""
-    if sys.stdout is None:  # It was closed, and print would silently return.
+    """Print a text; raise an error if that is not possible."""
+    if sys.stdout is None:  # It is closed, and print would do nothing.
         raise OSError("standard output is closed")
     print(text, flush=True)
 
@@ -1610,7 +1615,7 @@ def _print_result(result: Any, is_dry_run: bool) -> None:
     except (Exception, KeyboardInterrupt) as error:
         _redirect_to_null_device(_STANDARD_OUTPUT)
         status = 2 if is_dry_run else 4
-        _exit(status, f"cannot print: {_describe(error)}")
+        _fail(status, f"cannot print: {_describe(error)}")
 
 
 def main(argv: Optional[Sequence[str]] = None) -> None:
@@ -1628,9 +1633,9 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
         if args.dry_run:
             result: Any = _dry_run(args, params, secret_key)
     except KeyboardInterrupt:
-        _exit(2, "interrupted (nothing was sent)")
+        _fail(2, "interrupted (nothing was sent)")
     except Exception as error:
-        _exit(2, _describe(error))
+        _fail(2, _describe(error))
     if not args.dry_run:
         result = _run(args, params, secret_key)
     _print_result(result, args.dry_run)
