@@ -74,8 +74,8 @@ from typing import Sequence, Tuple, Union
 from urllib.request import Request
 
 try:
-    import gzip
-except ImportError:  # Some Pythons are built without zlib.
+    import zlib
+except ImportError:  # Some Pythons are built without it.
     _ACCEPT_ENCODING = "identity"  # Ask for bodies without compression.
 else:
     _ACCEPT_ENCODING = "gzip"  # Ask for compressed bodies.
@@ -358,6 +358,8 @@ def _normalize_mapping(mapping: Any, place: str) -> Dict[str, Any]:
         )
     normalized = {}
     for name, value in mapping.items():
+        if name in normalized:  # A dict cannot repeat it, other mappings can.
+            raise ValueError(f"{place}: pass each name only once")
         if type(name) is str and name.isascii():
             kind = type(value)
             if kind is int or (kind is str and value.isascii()):
@@ -429,7 +431,8 @@ def _normalize_decimal(value: Decimal, place: str) -> str:
     exponent = number.adjusted()  # 2 for 123, which is 1.23E+2
     if abs(exponent) >= 1000:  # 1E+999999999 has a billion digits.
         raise ValueError(
-            f"{place}: pass an exponent from -999 to +999, not {number}"
+            f"{place}: pass an exponent from -999 to +999, "
+            f"not {_hide_long(str(number))}"
         )
     return format(number, "f")
 
@@ -1081,8 +1084,11 @@ def _is_length_declared(response: http.client.HTTPResponse) -> bool:
     """Return whether a header tells where the body ends.
 
     Raise an error if there are several such headers, because they could
-    contradict each other.
+    contradict each other, or if a header is malformed, because http.client
+    ignores the headers that follow it.
     """
+    if response.headers.defects:
+        raise http.client.HTTPException("a header is malformed")
     declared = response.headers.get_all("Content-Length", [])
     declared += response.headers.get_all("Transfer-Encoding", [])
     if len(declared) > 1:
@@ -1119,6 +1125,19 @@ def _read_raw_body(response: http.client.HTTPResponse) -> bytes:
     return bytes(body)
 
 
+def _unpack(data: bytes) -> bytes:
+    """Unpack gzip data of one member, which is what servers send."""
+    gzip_format = 16 + zlib.MAX_WBITS  # as the documentation of zlib says
+    decompressor = zlib.decompressobj(gzip_format)
+    # Unpack at most one byte more than is allowed: if this byte exists,
+    # _check_size raises an error.
+    body = decompressor.decompress(data, MAX_BODY + 1)
+    _check_size(body)
+    if not decompressor.eof or decompressor.unused_data:
+        raise http.client.HTTPException("the gzip data is cut off or too long")
+    return body
+
+
 def _read_body(response: http.client.HTTPResponse) -> bytes:
     """Return the unpacked body; raise an error if it cannot be read."""
     raw_body = _read_raw_body(response)
@@ -1130,36 +1149,37 @@ def _read_body(response: http.client.HTTPResponse) -> bytes:
         raise http.client.HTTPException(
             f"Content-Encoding {encoding} is not supported"
         )
-    with gzip.GzipFile(fileobj=io.BytesIO(raw_body)) as file:
-        # Unpack at most one byte more than is allowed: if this byte exists,
-        # _check_size raises an error.
-        body = file.read(MAX_BODY + 1)
-    _check_size(body)
-    return body
+    return _unpack(raw_body) if raw_body else b""
+
+
+def _read_error_body(
+    connection: http.client.HTTPConnection, response: http.client.HTTPResponse
+) -> bytes:
+    """Return the unpacked body, or an empty one if it cannot be read.
+
+    The status of the response is known, so a body that cannot be read is no
+    reason to raise an error.
+    """
+    try:
+        return _read_body(response)
+    except Exception:
+        # The rest of the body could be taken for the next response.
+        connection.close()
+        return b""
 
 
 def _receive(connection: http.client.HTTPConnection) -> Response:
-    """Receive a response.
-
-    If the body cannot be read, raise an error for a status of 2xx, and return
-    an empty body for every other status.
-    """
+    """Receive a response of any status, if possible with its body."""
     with connection.getresponse() as response:
         if response.status < 200:
             # http.client skips the status 100, but not 101 and the others.
             raise http.client.HTTPException(
                 f"unexpected status {response.status}"
             )
-        try:
+        if _is_success(response.status):
             body = _read_body(response)
-        except Exception:
-            if _is_success(response.status):
-                raise
-            # The status of the error matters more than its body. Close the
-            # connection, because the rest of the body could be taken for the
-            # next response.
-            connection.close()
-            body = b""
+        else:
+            body = _read_error_body(connection, response)
     return Response(response.status, response.headers, body)
 
 
@@ -1257,7 +1277,7 @@ def _body_or_error(request: Request, response: Response) -> Any:
     """Return the decoded body of a response, or raise a BPXError."""
     try:
         body = _decode(response.body)
-    except MemoryError as error:  # the only error that _decode can raise
+    except Exception as error:  # such as MemoryError
         # The request was sent. So raise a BPXError, because every other
         # Exception means that nothing was sent.
         raise UnknownOutcomeError(request, _describe(error)) from error
@@ -1498,6 +1518,10 @@ def _parse_pair(pair: str) -> Tuple[str, Any]:
     if not name or not separator or len(name) >= _KEY_LENGTH:
         raise ValueError(
             f"pass name=text or name:=json, not {_hide_long(pair)!r}"
+        )
+    if name == "BPX_SECRET_KEY":
+        raise ValueError(
+            "pass BPX_SECRET_KEY in the environment, not as a parameter"
         )
     value = _parse_json(name, text) if is_json else text
     return name, value
