@@ -40,6 +40,8 @@ After the error classes come six parts. Each part uses only the parts above it:
    the decoded body of the response.
 6. main is the command line.
 
+To learn how requests are signed, read parts 1 to 3.
+
 Timestamps and windows are in milliseconds, timeouts in seconds. Keys and
 signatures are base64, text is UTF-8, prices and quantities are str or
 Decimal. The file needs Python 3.8 or later, and PyNaCl for signing.
@@ -111,11 +113,11 @@ DEFAULT_WINDOW = 5000  # milliseconds for which a signed request is valid
 MAX_WINDOW = 60000  # milliseconds, the exchange's limit
 DEFAULT_TIMEOUT = 10.0  # seconds for each step of a request (see send)
 MAX_IDLE = 15.0  # seconds after which an idle connection is not used again
-MAX_BODY = 16 * 1024 * 1024  # bytes; a larger body is refused, also unpacked
+MAX_BODY = 16 * 1024 * 1024  # bytes of a body, as received and as unpacked
 
-# A secret key has 43 characters and a "=". Error messages do not show a bad
-# argument of 43 or more characters, because it could be a key.
-_KEY_LENGTH = 43
+# Error messages do not show a bad text of so many characters or more, because
+# it could be a secret key: these are 43 characters and a "=".
+_HIDDEN_LENGTH = 43
 
 # The parameters of a request: None, a mapping of names to values, or (for a
 # batch of orders) a list or tuple of such mappings.
@@ -278,10 +280,10 @@ def _describe(error: BaseException) -> str:
 
 
 def _number_or_type(value: Any) -> str:
-    """Return what an error message shows of a bad value.
+    """Return the text that stands for a bad value in an error message.
 
-    For a number, this is the number. For any other value it is only the name
-    of its type, because the value could be a secret.
+    A number stands for itself. Of any other value, only the name of its type
+    is shown, because the value could be a secret.
     """
     if isinstance(value, (int, float)):
         return repr(value)
@@ -294,7 +296,7 @@ def _hide_long(text: str) -> str:
     Error messages use this, because a long text could be a key that the
     caller has passed in the wrong place.
     """
-    return text if len(text) < _KEY_LENGTH else "(a long text)"
+    return text if len(text) < _HIDDEN_LENGTH else "(a long text)"
 
 
 def _check_str(value: Any, place: str) -> None:
@@ -312,8 +314,8 @@ def _check_str(value: Any, place: str) -> None:
 # a subclass may have another __str__. str.__str__(text) and int.__int__(value)
 # do this, whatever methods the subclass has.
 #
-# The parameter place tells where a value stands, such as params[0].price.
-# Error messages begin with it.
+# The argument place of these functions is the position of a value, such as
+# params[0].price. Error messages begin with it.
 
 # Makes the JSON of a body, and of a mapping within the canonical string.
 _JSON_ENCODER = json.JSONEncoder(
@@ -358,17 +360,18 @@ def _normalize_mapping(mapping: Any, place: str) -> Dict[str, Any]:
         )
     normalized = {}
     for name, value in mapping.items():
+        is_plain = (
+            type(name) is str
+            and name.isascii()
+            and (
+                type(value) is int or (type(value) is str and value.isascii())
+            )
+        )
+        if not is_plain:  # Plain ones are not converted: 10 % faster signing.
+            name = _normalize_name(name, place)
+            value = _normalize_value(value, f"{place}.{_hide_long(name)}")
         if name in normalized:  # A dict cannot repeat it, other mappings can.
             raise ValueError(f"{place}: pass each name only once")
-        if type(name) is str and name.isascii():
-            kind = type(value)
-            if kind is int or (kind is str and value.isascii()):
-                # The most frequent case: there is nothing to convert. Without
-                # these lines, signing takes 10 % longer.
-                normalized[name] = value
-                continue
-        name = _normalize_name(name, place)
-        value = _normalize_value(value, f"{place}.{_hide_long(name)}")
         if value is not None:
             normalized[name] = value
     return normalized
@@ -380,7 +383,7 @@ def _normalize_name(name: Any, place: str) -> str:
         raise TypeError(
             f"{place}: pass names as str, not {_number_or_type(name)}"
         )
-    # A surrogate in the name cannot be printed; ascii() shows it as \udXXX.
+    # ascii(), because the name may have a surrogate, which cannot be printed.
     return _normalize_text(name, f"{place}, name {ascii(_hide_long(name))}")
 
 
@@ -462,8 +465,8 @@ def _name_value_pairs(mapping: Dict[str, Any]) -> List[Tuple[str, str]]:
             pairs.append((name, value))
         elif isinstance(value, list):
             # The exchange does not document how a list is signed. This
-            # implementation assumes one pair for each item (a=1&a=2), as in
-            # the queries of public requests and in most other clients.
+            # implementation assumes one pair for each item: a=1&a=2. Queries
+            # of public requests have this form, and most clients sign it.
             pairs.extend([(name, _value_text(item)) for item in value])
         else:
             pairs.append((name, _value_text(value)))
@@ -509,14 +512,14 @@ def _make_canonical_string(
         )
     # instruction=<instruction>&<name>=<value>&...&timestamp=<ms>&window=<ms>
     # In a batch, the part before timestamp is repeated for each order.
-    pairs = []
+    parts = []
     for mapping in mappings:
-        pairs.append(f"instruction={instruction}")
+        parts.append(f"instruction={instruction}")
         for name, text in _name_value_pairs(mapping):
-            pairs.append(f"{name}={text}")
-    pairs.append(f"timestamp={timestamp}")
-    pairs.append(f"window={window}")
-    return "&".join(pairs)
+            parts.append(f"{name}={text}")
+    parts.append(f"timestamp={timestamp}")
+    parts.append(f"window={window}")
+    return "&".join(parts)
 
 
 def canonical_string(
@@ -773,21 +776,21 @@ def _check_key_use(
         )
 
 
-def _query_string(content: Any) -> str:
+def _query_string(sent_params: Any) -> str:
     """Return "?" and the query of a GET, or "" if there are no parameters.
 
-    content is the normalized params. Raise if they have no form in a query: a
-    list of mappings (a batch), or a mapping as a value.
+    sent_params is the normalized params. Raise for what a query cannot hold: a
+    batch (a list of mappings), or a mapping as a value.
     """
-    if isinstance(content, list):
+    if isinstance(sent_params, list):
         raise TypeError("params: pass one mapping to GET, not a batch")
-    for name, value in content.items():
+    for name, value in sent_params.items():
         if isinstance(value, dict):
             raise TypeError(
                 f"params.{_hide_long(name)}: pass a single value, not a "
                 "mapping, because GET sends it in a query"
             )
-    pairs = _name_value_pairs(content)
+    pairs = _name_value_pairs(sent_params)
     if not pairs:
         return ""
     return "?" + urllib.parse.urlencode(pairs, quote_via=urllib.parse.quote)
@@ -829,11 +832,11 @@ def build_request(
         )
     # A batch is sent as a list, even if it has only one order.
     is_batch = isinstance(params, (list, tuple))
-    content: Any = mappings if is_batch else mappings[0]
+    sent_params: Any = mappings if is_batch else mappings[0]
     if method == "GET":
-        return Request(url + _query_string(content), headers=all_headers)
+        return Request(url + _query_string(sent_params), headers=all_headers)
     all_headers["Content-Type"] = "application/json; charset=utf-8"
-    body = _JSON_ENCODER.encode(content).encode()  # b"{}" without params
+    body = _JSON_ENCODER.encode(sent_params).encode()  # b"{}" without params
     return Request(url, body, all_headers, method=method)
 
 
@@ -868,20 +871,25 @@ class _ResponseStream(io.RawIOBase):
 
         HTTPResponse <- BufferedReader <- _ResponseStream <- SocketIO <- socket
 
-    SocketIO is Python's own stream of a socket. _ResponseStream changes this:
-    - If the deadline passes before the whole response was received, it raises
-      TimeoutError. (The timeout of a socket begins again with every read, so
-      a slow server could make a response last forever.)
-    - If the server closes the connection, it raises EOFError. (HTTPResponse
-      would take the close for the end of the headers, and so would accept a
-      response without its last headers.)
+    SocketIO is Python's own stream of a socket. (It must be there, because
+    http.client closes the socket of a "Connection: close" before it reads the
+    body. The socket stays open until its SocketIO is closed.) To SocketIO,
+    this class adds two errors:
+    - TimeoutError if the deadline passes before the whole response was
+      received. The timeout of a socket begins again with every read, so a
+      slow server could make a response last forever.
+    - EOFError if the server closes the connection. HTTPResponse alone would
+      think that the headers end there, and accept a response without some of
+      its headers.
     """
 
     def __init__(self, sock: Any) -> None:
         self._sock = sock
         self._socket_io: Any = sock.makefile("rb", buffering=0)  # a SocketIO
-        # The socket's timeout for one read is the time for the whole response.
-        self._deadline = time.monotonic() + sock.gettimeout()
+        # The timeout of a socket limits one read. Here, the same number of
+        # seconds limits the whole response.
+        seconds = sock.gettimeout()
+        self._deadline = time.monotonic() + seconds
 
     def makefile(self, mode: str) -> io.BufferedReader:
         """Return the stream from which HTTPResponse reads.
@@ -993,8 +1001,8 @@ def _new_connection(
 def _connect(request: Request, timeout: float) -> http.client.HTTPConnection:
     """Return an open connection to the host of a request."""
     connection = _new_connection(request, timeout)
-    # Now http.client makes a _TimedResponse each time it begins to receive a
-    # response: from the exchange, or from a proxy within connect().
+    # http.client uses this class for every response: for that of the proxy
+    # (received within connect), and for those of the exchange.
     connection.response_class = _TimedResponse
     try:
         connection.connect()
@@ -1011,16 +1019,18 @@ class _IdleConnections:
     """
 
     def __init__(self) -> None:
-        # A key says to which host a connection leads (see send). A value is
-        # the connection, and time.monotonic() at the end of its last response.
-        self.by_key: Dict[Any, Tuple[http.client.HTTPConnection, float]] = {}
+        # For each endpoint (see send): the connection, and time.monotonic() at
+        # the end of its last response.
+        self.by_endpoint: Dict[
+            Any, Tuple[http.client.HTTPConnection, float]
+        ] = {}
 
     def __del__(self) -> None:
         """Close the connections: Python calls this when the thread ends.
 
         Otherwise, Python would show a ResourceWarning for each of them.
         """
-        for connection, _ in self.by_key.values():
+        for connection, _ in self.by_endpoint.values():
             connection.close()
 
 
@@ -1054,15 +1064,17 @@ def _is_stale(sock: Any) -> bool:
         return True
 
 
-def _take_idle_connection(key: Any) -> Optional[http.client.HTTPConnection]:
-    """Remove and return the idle connection of this key.
+def _take_idle_connection(
+    endpoint: Any,
+) -> Optional[http.client.HTTPConnection]:
+    """Remove and return the idle connection to an endpoint.
 
     Return None if the thread has none, or if it cannot be used again.
     """
-    by_key = _thread_local.idle_connections.by_key
-    if key not in by_key:
+    by_endpoint = _thread_local.idle_connections.by_endpoint
+    if endpoint not in by_endpoint:
         return None
-    connection, idle_since = by_key.pop(key)
+    connection, idle_since = by_endpoint.pop(endpoint)
     idle_time = time.monotonic() - idle_since
     if idle_time >= MAX_IDLE or _is_stale(connection.sock):
         connection.close()
@@ -1071,31 +1083,26 @@ def _take_idle_connection(key: Any) -> Optional[http.client.HTTPConnection]:
 
 
 def _is_success(status: int) -> bool:
-    """Return whether a status, which is at least 200, is 2xx."""
+    """Return whether a status is 2xx. It must be 200 or higher."""
     return status < 300
 
 
-def _check_size(body: Union[bytes, bytearray]) -> None:
+def _check_body_size(body: Union[bytes, bytearray]) -> None:
     if len(body) > MAX_BODY:
         raise http.client.HTTPException("the body is larger than MAX_BODY")
 
 
-def _is_length_declared(response: http.client.HTTPResponse) -> bool:
-    """Return whether a header tells where the body ends.
-
-    Raise an error if there are several such headers, because they could
-    contradict each other, or if a header is malformed, because http.client
-    ignores the headers that follow it.
-    """
-    if response.headers.defects:
+def _check_headers(headers: http.client.HTTPMessage) -> None:
+    """Raise if the headers could mislead about where the body ends."""
+    if headers.defects:
+        # http.client ignores all that follows a malformed header.
         raise http.client.HTTPException("a header is malformed")
-    declared = response.headers.get_all("Content-Length", [])
-    declared += response.headers.get_all("Transfer-Encoding", [])
-    if len(declared) > 1:
+    lengths = headers.get_all("Content-Length", [])
+    lengths += headers.get_all("Transfer-Encoding", [])
+    if len(lengths) > 1:  # They could contradict each other.
         raise http.client.HTTPException(
             "more than one Content-Length or Transfer-Encoding"
         )
-    return len(declared) == 1
 
 
 def _read_raw_body(response: http.client.HTTPResponse) -> bytes:
@@ -1105,21 +1112,30 @@ def _read_raw_body(response: http.client.HTTPResponse) -> bytes:
     closes the connection, so it could be incomplete. This is good enough for
     the message of an error, but not for a success.
     """
-    # http.client sets length to 0 if there can be no body, as after HEAD.
-    is_end_known = _is_length_declared(response) or response.length == 0
+    headers = response.headers
+    _check_headers(headers)
+    # http.client sets response.length to 0 if there is never a body, as with
+    # the status 204, or after HEAD.
+    is_end_known = (
+        "Content-Length" in headers
+        or "Transfer-Encoding" in headers
+        or response.length == 0
+    )
     if not is_end_known and _is_success(response.status):
         raise http.client.HTTPException(
             "without a Content-Length, the body could be incomplete"
         )
     body = bytearray()
+    # read1 returns b"" at an end that is known. If the server closes the
+    # connection before that, _ResponseStream raises EOFError.
     try:
         while True:
             part = response.read1(65536)
             if not part:
                 break
             body += part
-            _check_size(body)
-    except EOFError:  # The server has closed the connection.
+            _check_body_size(body)
+    except EOFError:
         if is_end_known:
             raise
     return bytes(body)
@@ -1130,9 +1146,9 @@ def _unpack(data: bytes) -> bytes:
     gzip_format = 16 + zlib.MAX_WBITS  # as the documentation of zlib says
     decompressor = zlib.decompressobj(gzip_format)
     # Unpack at most one byte more than is allowed: if this byte exists,
-    # _check_size raises an error.
+    # _check_body_size raises an error.
     body = decompressor.decompress(data, MAX_BODY + 1)
-    _check_size(body)
+    _check_body_size(body)
     if not decompressor.eof or decompressor.unused_data:
         raise http.client.HTTPException("the gzip data is cut off or too long")
     return body
@@ -1145,7 +1161,8 @@ def _read_body(response: http.client.HTTPResponse) -> bytes:
     encoding = ", ".join(encodings).strip().lower()
     if encoding in ("", "identity"):
         return raw_body
-    if encoding != "gzip" or _ACCEPT_ENCODING != "gzip":
+    has_zlib = _ACCEPT_ENCODING == "gzip"
+    if encoding != "gzip" or not has_zlib:
         raise http.client.HTTPException(
             f"Content-Encoding {encoding} is not supported"
         )
@@ -1201,9 +1218,9 @@ def _send_and_receive(
         connection.close()  # A late response must not reach the next request.
         raise
     if response.status == 408:
-        # The server may have sent this 408 because the connection was idle,
-        # before the request arrived. Then the response to the request may
-        # still come, and the next request must not receive it.
+        # A server may send 408 because the connection was idle, just before
+        # the request arrives. Then the response to the request still comes
+        # later, and the next request must not receive it.
         connection.close()
     return response
 
@@ -1239,11 +1256,11 @@ def send(request: Request, *, timeout: float = DEFAULT_TIMEOUT) -> Response:
     raised as it is; the request may have been executed even then.
     """
     _check_timeout(timeout)
-    # The key has the process id, so that a forked child does not use the
+    # The process id is included, so that a forked child does not use the
     # connections of its parent.
-    key = (os.getpid(), request.type, request.host)
+    endpoint = (os.getpid(), request.type, request.host)
     try:
-        connection = _take_idle_connection(key)
+        connection = _take_idle_connection(endpoint)
         if connection is None:
             connection = _connect(request, timeout)
     except Exception as error:
@@ -1255,7 +1272,7 @@ def send(request: Request, *, timeout: float = DEFAULT_TIMEOUT) -> Response:
     # http.client sets sock to None when a connection is closed.
     if connection.sock is not None:
         idle = (connection, time.monotonic())
-        _thread_local.idle_connections.by_key[key] = idle
+        _thread_local.idle_connections.by_endpoint[endpoint] = idle
     return response
 
 
@@ -1382,7 +1399,6 @@ _SHOWN_HEADERS = (
 )
 
 
-# Two file descriptors.
 _STANDARD_OUTPUT = 1
 _STANDARD_ERROR = 2
 
@@ -1428,8 +1444,8 @@ def _make_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("method", metavar="METHOD", type=str.upper, help="such as GET")
     add("path", metavar="PATH", help="such as /api/v1/order")
-    # default=[] is for the error about a missing PATH. Otherwise it would say
-    # that name=text is missing too.
+    # argparse takes a "*" argument without a default for a required one, and
+    # would name it in the error about a missing PATH.
     add(
         "pairs", metavar="name=text", nargs="*", default=[], help="a parameter"
     )
@@ -1480,7 +1496,7 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _unique_names(pairs: List[Tuple[str, Any]]) -> Dict[str, Any]:
+def _dict_of_unique_names(pairs: List[Tuple[str, Any]]) -> Dict[str, Any]:
     """Return the dict of these pairs; raise if a name is repeated.
 
     dict(pairs) and json.loads would silently keep the last value of a
@@ -1500,7 +1516,7 @@ def _parse_json(source: str, text: Union[str, bytes]) -> Any:
     source says where the JSON came from; error messages begin with it.
     """
     try:
-        return json.loads(text, object_pairs_hook=_unique_names)
+        return json.loads(text, object_pairs_hook=_dict_of_unique_names)
     except (ValueError, RecursionError) as error:
         raise ValueError(
             f"{source}: this JSON is not valid ({_describe(error)})"
@@ -1515,7 +1531,7 @@ def _parse_pair(pair: str) -> Tuple[str, Any]:
         name = name[:-1]
     # A secret key that is passed here by mistake ends with "=", so it looks
     # like a long name with an empty text. Refuse it, so that it is not sent.
-    if not name or not separator or len(name) >= _KEY_LENGTH:
+    if not name or not separator or len(name) >= _HIDDEN_LENGTH:
         raise ValueError(
             f"pass name=text or name:=json, not {_hide_long(pair)!r}"
         )
@@ -1530,7 +1546,9 @@ def _parse_pair(pair: str) -> Tuple[str, Any]:
 def _read_params(args: argparse.Namespace) -> Any:
     """Return the parameters: the pairs, or the value of --json."""
     if args.json is None:
-        return _unique_names([_parse_pair(pair) for pair in args.pairs])
+        return _dict_of_unique_names(
+            [_parse_pair(pair) for pair in args.pairs]
+        )
     if args.pairs:
         raise ValueError("pass name=text parameters or --json, not both")
     if args.json == "-":
@@ -1618,28 +1636,24 @@ def _run(
         _fail(2, _describe(error))
 
 
-def _print_text(text: str) -> None:
-    """Print a text; raise an error if that is not possible."""
-    if sys.stdout is None:  # It is closed, and print would do nothing.
-        raise OSError("standard output is closed")
-    print(text, flush=True)
-
-
 def _print_result(result: Any, is_dry_run: bool) -> None:
     """Print the text of a dry run, or a decoded body as JSON.
 
-    If printing fails, exit with 4, because the request was sent; after a dry
-    run, exit with 2. A pipe that was closed by its reader (such as head) is
-    not a failure.
+    If printing fails, exit with 2 after a dry run, and otherwise with 4,
+    because the request was sent. A pipe that was closed by its reader (such
+    as head) is not a failure.
     """
+    failure_status = 2 if is_dry_run else 4
+    if sys.stdout is None:  # It is closed, and print would do nothing.
+        _fail(failure_status, "cannot print: standard output is closed")
     try:
-        _print_text(result if is_dry_run else json.dumps(result, indent=2))
+        text = result if is_dry_run else json.dumps(result, indent=2)
+        print(text, flush=True)
     except BrokenPipeError:  # The reader of the pipe has had enough.
         _redirect_to_null_device(_STANDARD_OUTPUT)
     except (Exception, KeyboardInterrupt) as error:
         _redirect_to_null_device(_STANDARD_OUTPUT)
-        status = 2 if is_dry_run else 4
-        _fail(status, f"cannot print: {_describe(error)}")
+        _fail(failure_status, f"cannot print: {_describe(error)}")
 
 
 def main(argv: Optional[Sequence[str]] = None) -> None:
