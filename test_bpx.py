@@ -127,64 +127,59 @@ VECTORS = [
 ]
 # fmt: on
 
-# Method, path and instruction of every signed operation in the exchange's
-# API documentation, in its order.
+# Every signed operation in the exchange's API documentation, in its order: a
+# path, and each of its methods with its instruction.
 OPERATIONS = """\
-GET /api/v1/account accountQuery
-PATCH /api/v1/account accountUpdate
-GET /api/v1/account/limits/borrow maxBorrowQuantity
-GET /api/v1/account/limits/order maxOrderQuantity
-GET /api/v1/account/limits/withdrawal maxWithdrawalQuantity
-POST /api/v1/borrowLend borrowLendExecute
-GET /api/v1/borrowLend/positions borrowLendPositionQuery
-GET /wapi/v1/history/borrowLend borrowHistoryQueryAll
-GET /wapi/v1/history/borrowLend/positions borrowPositionHistoryQueryAll
-GET /wapi/v1/history/interest interestHistoryQueryAll
-POST /api/v1/account/convertDust convertDust
-GET /api/v1/capital balanceQuery
-GET /api/v1/capital/collateral collateralQuery
-GET /wapi/v1/capital/deposit/address depositAddressQuery
-GET /wapi/v1/capital/deposits depositQueryAll
-GET /wapi/v1/capital/withdrawals withdrawalQueryAll
-POST /wapi/v1/capital/withdrawals withdraw
-GET /wapi/v1/history/dust dustHistoryQueryAll
-GET /wapi/v1/history/settlement settlementHistoryQueryAll
-DELETE /api/v1/order orderCancel
-GET /api/v1/order orderQuery
-POST /api/v1/order orderExecute
-DELETE /api/v1/orders orderCancelAll
-GET /api/v1/orders orderQueryAll
-POST /api/v1/orders orderExecute
-GET /wapi/v1/history/fills fillHistoryQueryAll
-GET /wapi/v1/history/orders orderHistoryQueryAll
-GET /api/v1/position positionQuery
-GET /wapi/v1/history/funding fundingHistoryQueryAll
-GET /wapi/v1/history/position positionHistoryQueryAll
-POST /api/v1/rfq rfqSubmit
-POST /api/v1/rfq/accept quoteAccept
-POST /api/v1/rfq/cancel rfqCancel
-POST /api/v1/rfq/quote quoteSubmit
-POST /api/v1/rfq/refresh rfqRefresh
-GET /api/v1/rfqs rfqQuery
-GET /wapi/v1/history/quote quoteHistoryQueryAll
-GET /wapi/v1/history/quote/fill quoteFillHistoryQueryAll
-GET /wapi/v1/history/rfq rfqHistoryQueryAll
-GET /wapi/v1/history/rfq/fill rfqFillHistoryQueryAll
-DELETE /api/v1/strategies strategyCancelAll
-GET /api/v1/strategies strategyQueryAll
-DELETE /api/v1/strategy strategyCancel
-GET /api/v1/strategy strategyQuery
-POST /api/v1/strategy strategyCreate
-GET /wapi/v1/history/strategies strategyHistoryQueryAll
-POST /wapi/v1/user/2fa issueTwoFactorToken
-POST /api/v1/vault/mint vaultMint
-GET /api/v1/vault/nav vaultNavQuery
-DELETE /api/v1/vault/redeem vaultRedeemCancel
-POST /api/v1/vault/redeem vaultRedeemRequest
-GET /api/v1/vault/redeems/pending vaultPendingRedeemsQuery
-GET /wapi/v1/history/vault/mint vaultMintHistoryQueryAll
-GET /wapi/v1/history/vault/redeem vaultRedeemHistoryQueryAll
+/api/v1/account GET accountQuery PATCH accountUpdate
+/api/v1/account/limits/borrow GET maxBorrowQuantity
+/api/v1/account/limits/order GET maxOrderQuantity
+/api/v1/account/limits/withdrawal GET maxWithdrawalQuantity
+/api/v1/borrowLend POST borrowLendExecute
+/api/v1/borrowLend/positions GET borrowLendPositionQuery
+/wapi/v1/history/borrowLend GET borrowHistoryQueryAll
+/wapi/v1/history/borrowLend/positions GET borrowPositionHistoryQueryAll
+/wapi/v1/history/interest GET interestHistoryQueryAll
+/api/v1/account/convertDust POST convertDust
+/api/v1/capital GET balanceQuery
+/api/v1/capital/collateral GET collateralQuery
+/wapi/v1/capital/deposit/address GET depositAddressQuery
+/wapi/v1/capital/deposits GET depositQueryAll
+/wapi/v1/capital/withdrawals GET withdrawalQueryAll POST withdraw
+/wapi/v1/history/dust GET dustHistoryQueryAll
+/wapi/v1/history/settlement GET settlementHistoryQueryAll
+/api/v1/order DELETE orderCancel GET orderQuery POST orderExecute
+/api/v1/orders DELETE orderCancelAll GET orderQueryAll POST orderExecute
+/wapi/v1/history/fills GET fillHistoryQueryAll
+/wapi/v1/history/orders GET orderHistoryQueryAll
+/api/v1/position GET positionQuery
+/wapi/v1/history/funding GET fundingHistoryQueryAll
+/wapi/v1/history/position GET positionHistoryQueryAll
+/api/v1/rfq POST rfqSubmit
+/api/v1/rfq/accept POST quoteAccept
+/api/v1/rfq/cancel POST rfqCancel
+/api/v1/rfq/quote POST quoteSubmit
+/api/v1/rfq/refresh POST rfqRefresh
+/api/v1/rfqs GET rfqQuery
+/wapi/v1/history/quote GET quoteHistoryQueryAll
+/wapi/v1/history/quote/fill GET quoteFillHistoryQueryAll
+/wapi/v1/history/rfq GET rfqHistoryQueryAll
+/wapi/v1/history/rfq/fill GET rfqFillHistoryQueryAll
+/api/v1/strategies DELETE strategyCancelAll GET strategyQueryAll
+/api/v1/strategy DELETE strategyCancel GET strategyQuery POST strategyCreate
+/wapi/v1/history/strategies GET strategyHistoryQueryAll
+/wapi/v1/user/2fa POST issueTwoFactorToken
+/api/v1/vault/mint POST vaultMint
+/api/v1/vault/nav GET vaultNavQuery
+/api/v1/vault/redeem DELETE vaultRedeemCancel POST vaultRedeemRequest
+/api/v1/vault/redeems/pending GET vaultPendingRedeemsQuery
+/wapi/v1/history/vault/mint GET vaultMintHistoryQueryAll
+/wapi/v1/history/vault/redeem GET vaultRedeemHistoryQueryAll
 """
+OPERATIONS = [
+    (f"{method} {path}", instruction)
+    for path, *rest in map(str.split, OPERATIONS.splitlines())
+    for method, instruction in zip(rest[::2], rest[1::2])
+]
 
 # --- Values of parameters ---
 
@@ -259,16 +254,8 @@ UNSET = [None, Switch.OFF]
 # Object, its text as signed, the object in a JSON body.
 OBJECTS = [
     ({}, "{}", {}),
-    (
-        types.MappingProxyType({"b": "é", "B": None, "a": [1, True, None]}),
-        '{"a":[1,true],"b":"é"}',
-        {"a": [1, True], "b": "é"},
-    ),
-    (
-        {"z": {LyingStr("y"): Limit.TEN}, "d": D("1E1"), "é": [], "Z": '"'},
-        '{"Z":"\\"","d":"10","z":{"y":10},"é":[]}',
-        {"Z": '"', "d": "10", "z": {"y": 10}, "é": []},
-    ),
+    (types.MappingProxyType({"b": "é", "B": None, "a": [1, True, None]}), '{"a":[1,true],"b":"é"}', {"a": [1, True], "b": "é"}),
+    ({"z": {LyingStr("y"): Limit.TEN}, "d": D("1E1"), "é": [], "Z": '"'}, '{"Z":"\\"","d":"10","z":{"y":10},"é":[]}', {"Z": '"', "d": "10", "z": {"y": 10}, "é": []}),
 ]
 SIGNED_HEADERS = ["X-API-Key", "X-Signature", "X-Timestamp", "X-Window"]
 # Params; what stands between "instruction=a" and "&timestamp=5&window=5000".
@@ -323,6 +310,7 @@ UTF_8 = ": pass text that UTF-8 can encode, without surrogates"
 IN_LIST = ": pass only single values in a list, not {}"
 MAPPING = ": pass a mapping of names to values, not "
 NAMES = ": pass names as str, not "
+CHANGED = "params: pass a copy that no other thread changes (dictionary changed size during iteration)"
 BAD_PARAMS = [
     *(({"p": value}, "params.p" + FLOAT.format("0.5")) for value in (0.5, Nested.HALF)),
     ({"p": ["1", 0.1]}, "params.p[1]" + FLOAT.format("0.1")),
@@ -497,16 +485,11 @@ class FakeExchangeHandler(http.server.BaseHTTPRequestHandler):
     def respond(self):
         body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
         path, _, query = self.path.partition("?")
-        self.server.seen.append(
-            types.SimpleNamespace(
-                method=self.command,
-                path=path,
-                query=query,
-                pairs=urllib.parse.parse_qsl(query, keep_blank_values=True),
-                body=json.loads(body) if body else None,
-                headers=self.headers,
-            )
-        )
+        seen = types.SimpleNamespace(path=path, query=query)
+        seen.method, seen.headers = self.command, self.headers
+        seen.pairs = urllib.parse.parse_qsl(query, keep_blank_values=True)
+        seen.body = json.loads(body) if body else None
+        self.server.seen.append(seen)
         status, headers, answer = self.server.answer
         self.send_response(status)
         for name, value in headers.items():
@@ -816,16 +799,10 @@ class CanonicalString(SecretsCase):
 
     def test_params_that_change_meanwhile(self):
         params = {"a": Changing(), "b": "c"}
-        grow = mock.patch.object(
-            Changing, "items", lambda self: params.update(c="d") or []
-        )
-        message = (
-            "params: pass a copy that no other thread changes "
-            "(dictionary changed size during iteration)"
-        )
         options = {"instruction": "a", "params": params, "timestamp": 5}
-        with grow:
-            self.assert_refused(bpx.canonical_string, options, message)
+        with mock.patch.object(Changing, "items") as items:
+            items.side_effect = lambda: params.update(c="d") or []
+            self.assert_refused(bpx.canonical_string, options, CHANGED)
 
     def test_memory_errors_are_not_swallowed(self):
         with mock.patch.object(Changing, "items", side_effect=MemoryError):
@@ -960,8 +937,7 @@ class BuildRequest(SecretsCase):
                     self.assertEqual(found != "", character in accepted)
 
     def test_instructions(self):
-        rows = [tuple(each.rsplit(" ", 1)) for each in OPERATIONS.splitlines()]
-        self.assertEqual(list(bpx.INSTRUCTIONS.items()), rows)
+        self.assertEqual(list(bpx.INSTRUCTIONS.items()), OPERATIONS)
 
 
 # --- 4 and 5: what a call sends and returns ---
@@ -1050,11 +1026,11 @@ class Calls(ExchangeCase):
             self.assertTrue(getattr(bpx, name).__doc__, name)
 
     def test_every_signed_operation(self):
-        for line in OPERATIONS.splitlines():
-            method, path, instruction = line.split()
-            with self.subTest(line):
+        for operation, instruction in OPERATIONS:
+            method, path = operation.split()
+            with self.subTest(operation):
                 params = {"symbol": "SOL_USDC", "b": True, "e": Side.BID}
-                if line.startswith("POST /api/v1/orders "):
+                if operation == "POST /api/v1/orders":
                     params = [params, {**params, "n": 5}]
                 options = {"base_url": self.exchange.url}
                 call = getattr(bpx, method.lower())
