@@ -43,8 +43,9 @@ After the error classes come six parts. Each part uses only the parts above it:
 To learn how requests are signed, read parts 1 to 3.
 
 Timestamps and windows are in milliseconds, timeouts in seconds. Keys and
-signatures are base64, text is UTF-8, prices and quantities are str or
-Decimal. The file needs Python 3.8 or later, and PyNaCl for signing.
+signatures are base64, and text is UTF-8. Pass prices and quantities as str or
+Decimal, never as float. The file needs Python 3.8 or later, and PyNaCl for
+signing.
 
 There are no functions for single operations, such as place_order: instead,
 you pass the method and the path of the operation. This module has no
@@ -78,9 +79,9 @@ from urllib.request import Request
 try:
     import zlib
 except ImportError:  # Some Pythons are built without it.
-    _ACCEPT_ENCODING = "identity"  # Ask for bodies without compression.
+    _HAS_ZLIB = False
 else:
-    _ACCEPT_ENCODING = "gzip"  # Ask for compressed bodies.
+    _HAS_ZLIB = True
 
 __version__ = "1.1.0"
 __all__ = [
@@ -113,10 +114,12 @@ DEFAULT_WINDOW = 5000  # milliseconds for which a signed request is valid
 MAX_WINDOW = 60000  # milliseconds, the exchange's limit
 DEFAULT_TIMEOUT = 10.0  # seconds for each step of a request (see send)
 MAX_IDLE = 15.0  # seconds after which an idle connection is not used again
-MAX_BODY = 16 * 1024 * 1024  # bytes of a body, as received and as unpacked
+MAX_BODY = (
+    16 * 1024 * 1024
+)  # bytes; limit of a body, before and after unpacking
 
-# Error messages do not show a bad text of so many characters or more, because
-# it could be a secret key: these are 43 characters and a "=".
+# Error messages hide a text of this length or more: it could be a secret key,
+# which has 43 characters and then "=".
 _HIDDEN_LENGTH = 43
 
 # The parameters of a request: None, a mapping of names to values, or (for a
@@ -262,7 +265,8 @@ class UnknownOutcomeError(BPXError):
        with the names "X-timestamp" and "X-window" (urllib changes the case).
     2. Search for its clientId, which you should give to every order:
        GET /api/v1/order finds an open order by it, and
-       GET /wapi/v1/history/orders lists filled and cancelled orders.
+       GET /wapi/v1/history/orders lists filled and cancelled orders. If
+       neither has it, look again later: the history could be late.
     """
 
     outcome_unknown = True
@@ -311,11 +315,11 @@ def _check_str(value: Any, place: str) -> None:
 # are both made from the normalized values, so they agree.
 #
 # Subclasses of str, int and Decimal are converted to the plain type, because
-# a subclass may have another __str__. str.__str__(text) and int.__int__(value)
-# do this, whatever methods the subclass has.
+# a subclass may have another __str__. str.__str__(text) returns a plain str,
+# and int.__int__(value) a plain int, whatever methods the subclass has.
 #
-# The argument place of these functions is the position of a value, such as
-# params[0].price. Error messages begin with it.
+# The argument place says where a value is, for example params[0].price. Error
+# messages begin with it.
 
 # Makes the JSON of a body, and of a mapping within the canonical string.
 _JSON_ENCODER = json.JSONEncoder(
@@ -350,27 +354,38 @@ def _normalize_params(params: Any) -> List[Dict[str, Any]]:
     return mappings
 
 
+def _is_plain(mapping: Dict[Any, Any]) -> bool:
+    """Return whether nothing in a mapping must be converted.
+
+    This is so if it has only ASCII text, integers and booleans.
+    """
+    for name, value in mapping.items():
+        if type(name) is not str or not name.isascii():
+            return False
+        if type(value) is str:
+            if not value.isascii():
+                return False
+        elif type(value) is not int and type(value) is not bool:
+            return False
+    return True
+
+
 def _normalize_mapping(mapping: Any, place: str) -> Dict[str, Any]:
     """Return the normalized names and values of a mapping."""
-    # Most mappings are a dict, which can be checked faster than a Mapping.
-    if not isinstance(mapping, (dict, collections.abc.Mapping)):
+    if type(mapping) is dict:
+        copy = dict(mapping)  # Another thread could change the mapping.
+        if _is_plain(copy):  # Most mappings are: this makes signing faster.
+            return copy
+    if not isinstance(mapping, collections.abc.Mapping):
         raise TypeError(
             f"{place}: pass a mapping of names to values, "
             f"not {type(mapping).__name__}"
         )
     normalized = {}
     for name, value in mapping.items():
-        is_plain = (
-            type(name) is str
-            and name.isascii()
-            and (
-                type(value) is int or (type(value) is str and value.isascii())
-            )
-        )
-        if not is_plain:  # Plain ones are not converted: 10 % faster signing.
-            name = _normalize_name(name, place)
-            value = _normalize_value(value, f"{place}.{_hide_long(name)}")
-        if name in normalized:  # A dict cannot repeat it, other mappings can.
+        name = _normalize_name(name, place)
+        value = _normalize_value(value, f"{place}.{_hide_long(name)}")
+        if name in normalized:  # A mapping that is no dict may repeat a name.
             raise ValueError(f"{place}: pass each name only once")
         if value is not None:
             normalized[name] = value
@@ -515,8 +530,8 @@ def _make_canonical_string(
     parts = []
     for mapping in mappings:
         parts.append(f"instruction={instruction}")
-        for name, text in _name_value_pairs(mapping):
-            parts.append(f"{name}={text}")
+        pairs = _name_value_pairs(mapping)
+        parts += [f"{name}={text}" for name, text in pairs]
     parts.append(f"timestamp={timestamp}")
     parts.append(f"window={window}")
     return "&".join(parts)
@@ -627,7 +642,8 @@ def sign_request(
     settings page shows it; white space around it is ignored. The API key is
     derived from it. The module keeps the last eight keys in memory. timestamp
     (by default now) and window are in milliseconds. For instruction and
-    params, see canonical_string.
+    params, see canonical_string. Send the values as they were signed;
+    build_request does both.
 
     Raises TypeError or ValueError for arguments that cannot be signed, and
     for a bad secret_key. No error message contains secret_key. Raises
@@ -865,31 +881,29 @@ class Response(NamedTuple):
 
 
 class _ResponseStream(io.RawIOBase):
-    """A stream that receives one response from a socket, until a deadline.
+    """A stream that receives one response, and closes two gaps of http.client.
 
-    It is one of several layers:
+    http.client has no limit for the total time of a response: the timeout of a
+    socket begins again with every read. And if the server closes the
+    connection within the headers, http.client accepts those that it has
+    received. Therefore this stream raises
+    - TimeoutError if a deadline passes before the whole response was received,
+    - EOFError if the server closes the connection.
 
-        HTTPResponse <- BufferedReader <- _ResponseStream <- SocketIO <- socket
-
-    SocketIO is Python's own stream of a socket. (It must be there, because
-    http.client closes the socket of a "Connection: close" before it reads the
-    body. The socket stays open until its SocketIO is closed.) To SocketIO,
-    this class adds two errors:
-    - TimeoutError if the deadline passes before the whole response was
-      received. The timeout of a socket begins again with every read, so a
-      slow server could make a response last forever.
-    - EOFError if the server closes the connection. HTTPResponse alone would
-      think that the headers end there, and accept a response without some of
-      its headers.
+    HTTPResponse reads from a BufferedReader, which reads from this stream,
+    which reads from SocketIO, Python's own stream of a socket.
     """
 
     def __init__(self, sock: Any) -> None:
-        self._sock = sock
+        self._sock = sock  # only to set its timeout
+        # If a response has "Connection: close", http.client calls sock.close()
+        # before it reads the body. Python keeps the connection open until the
+        # SocketIO is closed too, so the body can still be read from that.
         self._socket_io: Any = sock.makefile("rb", buffering=0)  # a SocketIO
-        # The timeout of a socket limits one read. Here, the same number of
-        # seconds limits the whole response.
-        seconds = sock.gettimeout()
-        self._deadline = time.monotonic() + seconds
+        # The timeout with which the connection was opened, or the request was
+        # sent, is also the time for the whole response.
+        timeout = sock.gettimeout()
+        self._deadline = time.monotonic() + timeout
 
     def makefile(self, mode: str) -> io.BufferedReader:
         """Return the stream from which HTTPResponse reads.
@@ -1083,7 +1097,7 @@ def _take_idle_connection(
 
 
 def _is_success(status: int) -> bool:
-    """Return whether a status is 2xx. It must be 200 or higher."""
+    """Return whether a status is 2xx. (_receive has excluded 1xx.)"""
     return status < 300
 
 
@@ -1105,22 +1119,25 @@ def _check_headers(headers: http.client.HTTPMessage) -> None:
         )
 
 
+def _is_end_known(response: http.client.HTTPResponse) -> bool:
+    """Return whether http.client knows where the body ends."""
+    return (
+        "Content-Length" in response.headers
+        or "Transfer-Encoding" in response.headers
+        # There is never a body, as with the status 204, or after HEAD.
+        or response.length == 0
+    )
+
+
 def _read_raw_body(response: http.client.HTTPResponse) -> bytes:
     """Return the body as it was received, perhaps compressed.
 
-    If its end is known, it must be complete. Otherwise it ends when the server
-    closes the connection, so it could be incomplete. This is good enough for
-    the message of an error, but not for a success.
+    A body without a known end ends when the server closes the connection, so
+    it could be incomplete. This is good enough for the message of an error,
+    but not for a success.
     """
-    headers = response.headers
-    _check_headers(headers)
-    # http.client sets response.length to 0 if there is never a body, as with
-    # the status 204, or after HEAD.
-    is_end_known = (
-        "Content-Length" in headers
-        or "Transfer-Encoding" in headers
-        or response.length == 0
-    )
+    _check_headers(response.headers)
+    is_end_known = _is_end_known(response)
     if not is_end_known and _is_success(response.status):
         raise http.client.HTTPException(
             "without a Content-Length, the body could be incomplete"
@@ -1137,7 +1154,7 @@ def _read_raw_body(response: http.client.HTTPResponse) -> bytes:
             _check_body_size(body)
     except EOFError:
         if is_end_known:
-            raise
+            raise  # The body is cut off.
     return bytes(body)
 
 
@@ -1161,8 +1178,7 @@ def _read_body(response: http.client.HTTPResponse) -> bytes:
     encoding = ", ".join(encodings).strip().lower()
     if encoding in ("", "identity"):
         return raw_body
-    has_zlib = _ACCEPT_ENCODING == "gzip"
-    if encoding != "gzip" or not has_zlib:
+    if encoding != "gzip" or not _HAS_ZLIB:
         raise http.client.HTTPException(
             f"Content-Encoding {encoding} is not supported"
         )
@@ -1186,7 +1202,7 @@ def _read_error_body(
 
 
 def _receive(connection: http.client.HTTPConnection) -> Response:
-    """Receive a response of any status, if possible with its body."""
+    """Receive a response; see _read_error_body for the body of an error."""
     with connection.getresponse() as response:
         if response.status < 200:
             # http.client skips the status 100, but not 101 and the others.
@@ -1204,14 +1220,15 @@ def _send_and_receive(
     connection: http.client.HTTPConnection, request: Request, timeout: float
 ) -> Response:
     """Send a request once and return its response."""
+    accept_encoding = "gzip" if _HAS_ZLIB else "identity"
     try:
-        # For sending, and for the response (see _ResponseStream).
+        # This limits each sending, and (by _ResponseStream) the response.
         connection.sock.settimeout(timeout)
         connection.request(
             request.get_method(),
             request.selector,
             request.data,
-            {"Accept-Encoding": _ACCEPT_ENCODING, **request.headers},
+            {"Accept-Encoding": accept_encoding, **request.headers},
         )
         response = _receive(connection)
     except BaseException:
@@ -1295,8 +1312,8 @@ def _body_or_error(request: Request, response: Response) -> Any:
     try:
         body = _decode(response.body)
     except Exception as error:  # such as MemoryError
-        # The request was sent. So raise a BPXError, because every other
-        # Exception means that nothing was sent.
+        # The request was sent, so this must be a BPXError: every other
+        # Exception of request means that nothing was sent.
         raise UnknownOutcomeError(request, _describe(error)) from error
     if not _is_success(response.status):
         raise APIError(request, response.status, body, response.headers)
@@ -1444,8 +1461,8 @@ def _make_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("method", metavar="METHOD", type=str.upper, help="such as GET")
     add("path", metavar="PATH", help="such as /api/v1/order")
-    # argparse takes a "*" argument without a default for a required one, and
-    # would name it in the error about a missing PATH.
+    # Without default=[], argparse treats a "*" argument as required, and lists
+    # it in the error about a missing PATH.
     add(
         "pairs", metavar="name=text", nargs="*", default=[], help="a parameter"
     )
