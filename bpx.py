@@ -114,9 +114,7 @@ DEFAULT_WINDOW = 5000  # milliseconds for which a signed request is valid
 MAX_WINDOW = 60000  # milliseconds, the exchange's limit
 DEFAULT_TIMEOUT = 10.0  # seconds for each step of a request (see send)
 MAX_IDLE = 15.0  # seconds after which an idle connection is not used again
-MAX_BODY = (
-    16 * 1024 * 1024
-)  # bytes; limit of a body, before and after unpacking
+MAX_BODY = 16 * 1024 * 1024  # bytes of a body, also after unpacking
 
 # Error messages hide a text of this length or more: it could be a secret key,
 # which has 43 characters and then "=".
@@ -255,14 +253,15 @@ class NotSentError(BPXError):
 class UnknownOutcomeError(BPXError):
     """Sending began, but no complete and valid response was received.
 
-    The exchange may have executed the request. The same is true of an APIError
-    with the status 408 or 5xx: both errors have outcome_unknown = True.
+    The exchange may have executed the request. An APIError with the status
+    408 or 5xx is just as uncertain: it also has outcome_unknown = True.
 
     Before you repeat an order, find out whether it was executed:
     1. Wait until the timestamp + window of the request has passed, and some
        seconds more, because the clocks may differ. Until then, the exchange
-       may still accept the order. Both numbers are in error.request.headers,
-       with the names "X-timestamp" and "X-window" (urllib changes the case).
+       may still accept the order. The timestamp and the window are in
+       error.request.headers, with the names "X-timestamp" and "X-window"
+       (urllib changes the case).
     2. Search for its clientId, which you should give to every order:
        GET /api/v1/order finds an open order by it, and
        GET /wapi/v1/history/orders lists filled and cancelled orders. If
@@ -295,7 +294,7 @@ def _number_or_type(value: Any) -> str:
 
 
 def _hide_long(text: str) -> str:
-    """Return a short text, or "(a long text)" in place of a long one.
+    """Return the text, or "(a long text)" if it has 43 characters or more.
 
     Error messages use this, because a long text could be a key that the
     caller has passed in the wrong place.
@@ -354,10 +353,11 @@ def _normalize_params(params: Any) -> List[Dict[str, Any]]:
     return mappings
 
 
-def _is_plain(mapping: Dict[Any, Any]) -> bool:
-    """Return whether nothing in a mapping must be converted.
+def _needs_no_change(mapping: Dict[Any, Any]) -> bool:
+    """Return whether a mapping is already normalized.
 
-    This is so if it has only ASCII text, integers and booleans.
+    This is certain if all names are ASCII str, and all values are ASCII str,
+    int or bool. (Other text could have surrogates.)
     """
     for name, value in mapping.items():
         if type(name) is not str or not name.isascii():
@@ -373,9 +373,10 @@ def _is_plain(mapping: Dict[Any, Any]) -> bool:
 def _normalize_mapping(mapping: Any, place: str) -> Dict[str, Any]:
     """Return the normalized names and values of a mapping."""
     if type(mapping) is dict:
-        copy = dict(mapping)  # Another thread could change the mapping.
-        if _is_plain(copy):  # Most mappings are: this makes signing faster.
+        copy = dict(mapping)  # which no other thread changes
+        if _needs_no_change(copy):  # Most mappings need none. This saves time.
             return copy
+        mapping = copy
     if not isinstance(mapping, collections.abc.Mapping):
         raise TypeError(
             f"{place}: pass a mapping of names to values, "
@@ -642,8 +643,10 @@ def sign_request(
     settings page shows it; white space around it is ignored. The API key is
     derived from it. The module keeps the last eight keys in memory. timestamp
     (by default now) and window are in milliseconds. For instruction and
-    params, see canonical_string. Send the values as they were signed;
-    build_request does both.
+    params, see canonical_string.
+
+    This function only signs. You must send exactly the values that were
+    signed; build_request makes such a request.
 
     Raises TypeError or ValueError for arguments that cannot be signed, and
     for a bad secret_key. No error message contains secret_key. Raises
@@ -792,21 +795,21 @@ def _check_key_use(
         )
 
 
-def _query_string(sent_params: Any) -> str:
+def _query_string(params_to_send: Any) -> str:
     """Return "?" and the query of a GET, or "" if there are no parameters.
 
-    sent_params is the normalized params. Raise for what a query cannot hold: a
-    batch (a list of mappings), or a mapping as a value.
+    params_to_send is the normalized params. Raise for what a query cannot
+    hold: a batch (a list of mappings), or a mapping as a value.
     """
-    if isinstance(sent_params, list):
+    if isinstance(params_to_send, list):
         raise TypeError("params: pass one mapping to GET, not a batch")
-    for name, value in sent_params.items():
+    for name, value in params_to_send.items():
         if isinstance(value, dict):
             raise TypeError(
                 f"params.{_hide_long(name)}: pass a single value, not a "
                 "mapping, because GET sends it in a query"
             )
-    pairs = _name_value_pairs(sent_params)
+    pairs = _name_value_pairs(params_to_send)
     if not pairs:
         return ""
     return "?" + urllib.parse.urlencode(pairs, quote_via=urllib.parse.quote)
@@ -848,11 +851,15 @@ def build_request(
         )
     # A batch is sent as a list, even if it has only one order.
     is_batch = isinstance(params, (list, tuple))
-    sent_params: Any = mappings if is_batch else mappings[0]
+    params_to_send: Any = mappings if is_batch else mappings[0]
     if method == "GET":
-        return Request(url + _query_string(sent_params), headers=all_headers)
+        return Request(
+            url + _query_string(params_to_send), headers=all_headers
+        )
     all_headers["Content-Type"] = "application/json; charset=utf-8"
-    body = _JSON_ENCODER.encode(sent_params).encode()  # b"{}" without params
+    body = _JSON_ENCODER.encode(
+        params_to_send
+    ).encode()  # b"{}" without params
     return Request(url, body, all_headers, method=method)
 
 
@@ -881,27 +888,28 @@ class Response(NamedTuple):
 
 
 class _ResponseStream(io.RawIOBase):
-    """A stream that receives one response, and closes two gaps of http.client.
+    """A stream that receives one response, with two checks of its own.
 
-    http.client has no limit for the total time of a response: the timeout of a
-    socket begins again with every read. And if the server closes the
-    connection within the headers, http.client accepts those that it has
-    received. Therefore this stream raises
-    - TimeoutError if a deadline passes before the whole response was received,
-    - EOFError if the server closes the connection.
+    1. http.client has no limit for the total time of a response, because the
+       timeout of a socket begins again with every read. This stream raises
+       TimeoutError when a deadline has passed.
+    2. If the connection ends in the middle of the headers, http.client takes
+       the part that it has received for complete. This stream raises EOFError
+       when the server has closed the connection.
 
-    HTTPResponse reads from a BufferedReader, which reads from this stream,
-    which reads from SocketIO, Python's own stream of a socket.
+    HTTPResponse reads through these layers (SocketIO is Python's own):
+
+        HTTPResponse <- BufferedReader <- _ResponseStream <- SocketIO <- socket
     """
 
     def __init__(self, sock: Any) -> None:
         self._sock = sock  # only to set its timeout
         # If a response has "Connection: close", http.client calls sock.close()
-        # before it reads the body. Python keeps the connection open until the
-        # SocketIO is closed too, so the body can still be read from that.
+        # before it reads the body. The connection stays open until this
+        # SocketIO is closed too, so the body can still be read.
         self._socket_io: Any = sock.makefile("rb", buffering=0)  # a SocketIO
-        # The timeout with which the connection was opened, or the request was
-        # sent, is also the time for the whole response.
+        # The whole response may take as long as the timeout that is now set on
+        # the socket (by _new_connection or _send_and_receive).
         timeout = sock.gettimeout()
         self._deadline = time.monotonic() + timeout
 
@@ -1015,8 +1023,8 @@ def _new_connection(
 def _connect(request: Request, timeout: float) -> http.client.HTTPConnection:
     """Return an open connection to the host of a request."""
     connection = _new_connection(request, timeout)
-    # http.client uses this class for every response: for that of the proxy
-    # (received within connect), and for those of the exchange.
+    # http.client uses this class for every response on the connection: that of
+    # the proxy (inside connect), and those of the exchange.
     connection.response_class = _TimedResponse
     try:
         connection.connect()
@@ -1049,7 +1057,7 @@ class _IdleConnections:
 
 
 class _ThreadLocal(threading.local):
-    """Has an attribute of its own for each thread."""
+    """Gives each thread its own idle_connections."""
 
     def __init__(self) -> None:  # Python calls this once in each thread.
         self.idle_connections = _IdleConnections()
@@ -1106,14 +1114,14 @@ def _check_body_size(body: Union[bytes, bytearray]) -> None:
         raise http.client.HTTPException("the body is larger than MAX_BODY")
 
 
-def _check_headers(headers: http.client.HTTPMessage) -> None:
+def _check_response_headers(headers: http.client.HTTPMessage) -> None:
     """Raise if the headers could mislead about where the body ends."""
     if headers.defects:
         # http.client ignores all that follows a malformed header.
         raise http.client.HTTPException("a header is malformed")
-    lengths = headers.get_all("Content-Length", [])
-    lengths += headers.get_all("Transfer-Encoding", [])
-    if len(lengths) > 1:  # They could contradict each other.
+    framing = headers.get_all("Content-Length", [])
+    framing += headers.get_all("Transfer-Encoding", [])
+    if len(framing) > 1:  # They could contradict each other.
         raise http.client.HTTPException(
             "more than one Content-Length or Transfer-Encoding"
         )
@@ -1121,11 +1129,11 @@ def _check_headers(headers: http.client.HTTPMessage) -> None:
 
 def _is_end_known(response: http.client.HTTPResponse) -> bool:
     """Return whether http.client knows where the body ends."""
+    has_no_body = response.length == 0  # such as status 204, or after HEAD
     return (
-        "Content-Length" in response.headers
+        has_no_body
+        or "Content-Length" in response.headers
         or "Transfer-Encoding" in response.headers
-        # There is never a body, as with the status 204, or after HEAD.
-        or response.length == 0
     )
 
 
@@ -1136,15 +1144,15 @@ def _read_raw_body(response: http.client.HTTPResponse) -> bytes:
     it could be incomplete. This is good enough for the message of an error,
     but not for a success.
     """
-    _check_headers(response.headers)
+    _check_response_headers(response.headers)
     is_end_known = _is_end_known(response)
     if not is_end_known and _is_success(response.status):
         raise http.client.HTTPException(
             "without a Content-Length, the body could be incomplete"
         )
+    # If the end is known, read1 returns b"" there, and EOFError means that the
+    # body is cut off. If it is not known, EOFError is the end.
     body = bytearray()
-    # read1 returns b"" at an end that is known. If the server closes the
-    # connection before that, _ResponseStream raises EOFError.
     try:
         while True:
             part = response.read1(65536)
@@ -1154,20 +1162,22 @@ def _read_raw_body(response: http.client.HTTPResponse) -> bytes:
             _check_body_size(body)
     except EOFError:
         if is_end_known:
-            raise  # The body is cut off.
+            raise
     return bytes(body)
 
 
 def _unpack(data: bytes) -> bytes:
-    """Unpack gzip data of one member, which is what servers send."""
-    gzip_format = 16 + zlib.MAX_WBITS  # as the documentation of zlib says
+    """Unpack gzip data. (Servers send it as one gzip file, not as several.)"""
+    gzip_format = 16 + zlib.MAX_WBITS  # This is how zlib is told to read gzip.
     decompressor = zlib.decompressobj(gzip_format)
     # Unpack at most one byte more than is allowed: if this byte exists,
     # _check_body_size raises an error.
     body = decompressor.decompress(data, MAX_BODY + 1)
     _check_body_size(body)
     if not decompressor.eof or decompressor.unused_data:
-        raise http.client.HTTPException("the gzip data is cut off or too long")
+        raise http.client.HTTPException(
+            "the gzip data is cut off, or has extra bytes after its end"
+        )
     return body
 
 
@@ -1202,7 +1212,7 @@ def _read_error_body(
 
 
 def _receive(connection: http.client.HTTPConnection) -> Response:
-    """Receive a response; see _read_error_body for the body of an error."""
+    """Receive a response. If an error has no readable body, it is b""."""
     with connection.getresponse() as response:
         if response.status < 200:
             # http.client skips the status 100, but not 101 and the others.
@@ -1222,7 +1232,8 @@ def _send_and_receive(
     """Send a request once and return its response."""
     accept_encoding = "gzip" if _HAS_ZLIB else "identity"
     try:
-        # This limits each sending, and (by _ResponseStream) the response.
+        # This limits sending. _ResponseStream reads the same timeout from the
+        # socket, and limits the whole response with it.
         connection.sock.settimeout(timeout)
         connection.request(
             request.get_method(),
@@ -1235,9 +1246,9 @@ def _send_and_receive(
         connection.close()  # A late response must not reach the next request.
         raise
     if response.status == 408:
-        # A server may send 408 because the connection was idle, just before
-        # the request arrives. Then the response to the request still comes
-        # later, and the next request must not receive it.
+        # This may be about the idle connection, and not about this request.
+        # Then the response to this request still follows, and the next request
+        # must not receive it.
         connection.close()
     return response
 
@@ -1312,8 +1323,8 @@ def _body_or_error(request: Request, response: Response) -> Any:
     try:
         body = _decode(response.body)
     except Exception as error:  # such as MemoryError
-        # The request was sent, so this must be a BPXError: every other
-        # Exception of request means that nothing was sent.
+        # request() promises that nothing was sent if it raises an Exception
+        # that is not a BPXError. Here the request was sent.
         raise UnknownOutcomeError(request, _describe(error)) from error
     if not _is_success(response.status):
         raise APIError(request, response.status, body, response.headers)
@@ -1414,7 +1425,6 @@ _SHOWN_HEADERS = (
     "X-Window",
     "Content-Type",
 )
-
 
 _STANDARD_OUTPUT = 1
 _STANDARD_ERROR = 2
