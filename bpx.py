@@ -114,10 +114,11 @@ DEFAULT_WINDOW = 5000  # milliseconds for which a signed request is valid
 MAX_WINDOW = 60000  # milliseconds, the exchange's limit
 DEFAULT_TIMEOUT = 10.0  # seconds for each step of a request (see send)
 MAX_IDLE = 15.0  # seconds after which an idle connection is not used again
-MAX_BODY = 16 * 1024 * 1024  # bytes of a body, also after unpacking
+MAX_BODY = 16 * 1024 * 1024  # largest body in bytes, also when unpacked
 
-# Error messages hide a text of this length or more: it could be a secret key,
-# which has 43 characters and then "=".
+# Error messages hide a text of this length or more, because it could be a
+# secret key. A secret key has 44 characters, but it ends with "=", and the
+# command line cuts name=text there.
 _HIDDEN_LENGTH = 43
 
 # The parameters of a request: None, a mapping of names to values, or (for a
@@ -353,11 +354,10 @@ def _normalize_params(params: Any) -> List[Dict[str, Any]]:
     return mappings
 
 
-def _needs_no_change(mapping: Dict[Any, Any]) -> bool:
-    """Return whether a mapping is already normalized.
+def _is_surely_normalized(mapping: Dict[Any, Any]) -> bool:
+    """Return whether a mapping is surely normalized already.
 
-    This is certain if all names are ASCII str, and all values are ASCII str,
-    int or bool. (Other text could have surrogates.)
+    It is if all names are ASCII str, and all values ASCII str, int or bool.
     """
     for name, value in mapping.items():
         if type(name) is not str or not name.isascii():
@@ -373,8 +373,9 @@ def _needs_no_change(mapping: Dict[Any, Any]) -> bool:
 def _normalize_mapping(mapping: Any, place: str) -> Dict[str, Any]:
     """Return the normalized names and values of a mapping."""
     if type(mapping) is dict:
-        copy = dict(mapping)  # which no other thread changes
-        if _needs_no_change(copy):  # Most mappings need none. This saves time.
+        # Work on a copy: another thread could change the dict of the caller.
+        copy = dict(mapping)
+        if _is_surely_normalized(copy):  # a shortcut for most mappings
             return copy
         mapping = copy
     if not isinstance(mapping, collections.abc.Mapping):
@@ -481,8 +482,8 @@ def _name_value_pairs(mapping: Dict[str, Any]) -> List[Tuple[str, str]]:
             pairs.append((name, value))
         elif isinstance(value, list):
             # The exchange does not document how a list is signed. This
-            # implementation assumes one pair for each item: a=1&a=2. Queries
-            # of public requests have this form, and most clients sign it.
+            # implementation assumes one pair for each item: a=1&a=2. Public
+            # queries repeat the name like this, and most clients sign it so.
             pairs.extend([(name, _value_text(item)) for item in value])
         else:
             pairs.append((name, _value_text(value)))
@@ -641,9 +642,9 @@ def sign_request(
 
     secret_key is the base64 of the 32-byte Ed25519 seed, as the exchange's
     settings page shows it; white space around it is ignored. The API key is
-    derived from it. The module keeps the last eight keys in memory. timestamp
-    (by default now) and window are in milliseconds. For instruction and
-    params, see canonical_string.
+    the base64 of the public key that belongs to this seed. The module keeps
+    the last eight keys in memory. timestamp (by default now) and window are in
+    milliseconds. For instruction and params, see canonical_string.
 
     This function only signs. You must send exactly the values that were
     signed; build_request makes such a request.
@@ -888,36 +889,37 @@ class Response(NamedTuple):
 
 
 class _ResponseStream(io.RawIOBase):
-    """A stream that receives one response, with two checks of its own.
+    """A stream that reads from a socket as usual, except for two errors.
 
-    1. http.client has no limit for the total time of a response, because the
-       timeout of a socket begins again with every read. This stream raises
-       TimeoutError when a deadline has passed.
-    2. If the connection ends in the middle of the headers, http.client takes
-       the part that it has received for complete. This stream raises EOFError
-       when the server has closed the connection.
+    1. TimeoutError after a deadline for the whole response. (The timeout of a
+       socket begins again with every read, so http.client alone has no limit
+       for the total time.)
+    2. EOFError if the server has closed the connection. (http.client alone
+       would accept headers that are cut off.)
 
-    HTTPResponse reads through these layers (SocketIO is Python's own):
+    In this picture, A <- B means that A reads from B. SocketIO is Python's own
+    stream of a socket.
 
         HTTPResponse <- BufferedReader <- _ResponseStream <- SocketIO <- socket
     """
 
     def __init__(self, sock: Any) -> None:
         self._sock = sock  # only to set its timeout
-        # If a response has "Connection: close", http.client calls sock.close()
-        # before it reads the body. The connection stays open until this
-        # SocketIO is closed too, so the body can still be read.
-        self._socket_io: Any = sock.makefile("rb", buffering=0)  # a SocketIO
-        # The whole response may take as long as the timeout that is now set on
-        # the socket (by _new_connection or _send_and_receive).
+        # The SocketIO keeps the connection open, even if http.client calls
+        # sock.close(). It does so before it reads the body of a response with
+        # "Connection: close".
+        self._socket_io: Any = sock.makefile("rb", buffering=0)
+        # http.client makes this object, so the timeout cannot be an argument.
+        # It is read from the socket, where _new_connection or
+        # _send_and_receive has set it.
         timeout = sock.gettimeout()
         self._deadline = time.monotonic() + timeout
 
     def makefile(self, mode: str) -> io.BufferedReader:
         """Return the stream from which HTTPResponse reads.
 
-        HTTPResponse uses its socket only to call makefile. So it can be given
-        a _ResponseStream in place of a socket.
+        HTTPResponse only calls makefile on its socket, so a _ResponseStream
+        can take the place of the socket.
         """
         return io.BufferedReader(self)
 
@@ -1023,8 +1025,8 @@ def _new_connection(
 def _connect(request: Request, timeout: float) -> http.client.HTTPConnection:
     """Return an open connection to the host of a request."""
     connection = _new_connection(request, timeout)
-    # http.client uses this class for every response on the connection: that of
-    # the proxy (inside connect), and those of the exchange.
+    # http.client uses this class for every response on the connection: for
+    # that of the proxy to CONNECT, and for all those of the exchange.
     connection.response_class = _TimedResponse
     try:
         connection.connect()
@@ -1150,19 +1152,18 @@ def _read_raw_body(response: http.client.HTTPResponse) -> bytes:
         raise http.client.HTTPException(
             "without a Content-Length, the body could be incomplete"
         )
-    # If the end is known, read1 returns b"" there, and EOFError means that the
-    # body is cut off. If it is not known, EOFError is the end.
     body = bytearray()
     try:
         while True:
             part = response.read1(65536)
-            if not part:
+            if not part:  # The known end was reached.
                 break
             body += part
             _check_body_size(body)
-    except EOFError:
+    except EOFError:  # The server has closed the connection.
         if is_end_known:
-            raise
+            raise  # The body is cut off.
+        # Otherwise, this is the end of the body.
     return bytes(body)
 
 
@@ -1212,7 +1213,10 @@ def _read_error_body(
 
 
 def _receive(connection: http.client.HTTPConnection) -> Response:
-    """Receive a response. If an error has no readable body, it is b""."""
+    """Receive a response.
+
+    The body is b"" if the status is an error and the body cannot be read.
+    """
     with connection.getresponse() as response:
         if response.status < 200:
             # http.client skips the status 100, but not 101 and the others.
@@ -1232,8 +1236,8 @@ def _send_and_receive(
     """Send a request once and return its response."""
     accept_encoding = "gzip" if _HAS_ZLIB else "identity"
     try:
-        # This limits sending. _ResponseStream reads the same timeout from the
-        # socket, and limits the whole response with it.
+        # Set the timeout for sending. _ResponseStream later reads it from the
+        # socket, and takes it as the limit for the whole response.
         connection.sock.settimeout(timeout)
         connection.request(
             request.get_method(),
@@ -1246,9 +1250,9 @@ def _send_and_receive(
         connection.close()  # A late response must not reach the next request.
         raise
     if response.status == 408:
-        # This may be about the idle connection, and not about this request.
-        # Then the response to this request still follows, and the next request
-        # must not receive it.
+        # A server may send 408 because the connection was idle, just when this
+        # request is sent. Then the response to the request could still come
+        # on this connection, so do not keep it.
         connection.close()
     return response
 
@@ -1409,9 +1413,10 @@ example:
 
 exit status:
   0  Success.
-  1  APIError with the status 3xx or 4xx, except 408: the request was refused.
-  2  Nothing was sent: a wrong argument, a missing key or module, or a dry run
-     that failed.
+  1  APIError with the status 3xx or 4xx, except 408: the request was not
+     executed.
+  2  Nothing was sent: a wrong argument, a missing key or module, an interrupt
+     before sending, or a dry run that failed.
   3  Nothing was sent: NotSentError, the connection could not be made.
   4  The exchange may have executed the request. This is the status after an
      UnknownOutcomeError, an APIError with the status 408 or 5xx, an
