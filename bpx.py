@@ -117,9 +117,9 @@ MAX_IDLE = 15.0  # seconds after which an idle connection is not used again
 MAX_BODY = 16 * 1024 * 1024  # largest body in bytes, also when unpacked
 
 # Error messages hide a text of this length or more, because it could be a
-# secret key. A secret key has 44 characters, but it ends with "=", and the
-# command line cuts name=text there.
-_HIDDEN_LENGTH = 43
+# secret key. A key has 44 characters, and the last one is "=". Where the
+# command line splits name=text, 43 of them remain.
+_MIN_HIDDEN_LENGTH = 43
 
 # The parameters of a request: None, a mapping of names to values, or (for a
 # batch of orders) a list or tuple of such mappings.
@@ -195,7 +195,8 @@ class BPXError(Exception):
     Its attribute request is the urllib.request.Request that failed, and
     reason is a str that says what went wrong. If outcome_unknown is True, the
     exchange may have executed the request although there was an error: see
-    UnknownOutcomeError before you repeat an order.
+    UnknownOutcomeError before you repeat an order. The headers of a signed
+    request hold its signature: do not log them while it is valid.
     """
 
     outcome_unknown = False
@@ -217,7 +218,7 @@ class APIError(BPXError):
 
     status is an int, body is the decoded body, and headers are those of the
     response. If body is a dict, code is body.get("code"), and message is
-    body.get("message"); otherwise code is None, and message is body.
+    body.get("message"). If it is not, code is None, and message is body.
     outcome_unknown is True for 408 and 5xx: a gateway may send such a status
     even if the exchange has executed the request.
     """
@@ -242,8 +243,8 @@ class APIError(BPXError):
             if isinstance(field, (str, int, float)):
                 reason += " " + str(field)[:300]
         super().__init__(request, reason)
-        # pickle rebuilds an error by calling APIError(*args). BPXError has set
-        # args to (request, reason), which do not fit this __init__.
+        # pickle rebuilds an error by calling APIError(*args). BPXError sets
+        # args to two values, but this __init__ needs four.
         self.args = (request, status, body, headers)
 
 
@@ -286,8 +287,8 @@ def _describe(error: BaseException) -> str:
 def _number_or_type(value: Any) -> str:
     """Return the text that stands for a bad value in an error message.
 
-    A number stands for itself. Of any other value, only the name of its type
-    is shown, because the value could be a secret.
+    A number is shown as it is. Of any other value, only the type is shown,
+    because the value could be a secret.
     """
     if isinstance(value, (int, float)):
         return repr(value)
@@ -300,7 +301,7 @@ def _hide_long(text: str) -> str:
     Error messages use this, because a long text could be a key that the
     caller has passed in the wrong place.
     """
-    return text if len(text) < _HIDDEN_LENGTH else "(a long text)"
+    return text if len(text) < _MIN_HIDDEN_LENGTH else "(a long text)"
 
 
 def _check_str(value: Any, place: str) -> None:
@@ -354,10 +355,11 @@ def _normalize_params(params: Any) -> List[Dict[str, Any]]:
     return mappings
 
 
-def _is_surely_normalized(mapping: Dict[Any, Any]) -> bool:
-    """Return whether a mapping is surely normalized already.
+def _needs_no_normalizing(mapping: Dict[Any, Any]) -> bool:
+    """Return whether a mapping has only ASCII text, integers and booleans.
 
-    It is if all names are ASCII str, and all values ASCII str, int or bool.
+    These are normalized already. (Other text could have surrogates, and a
+    subclass of str or int must be converted, so types are compared by "is".)
     """
     for name, value in mapping.items():
         if type(name) is not str or not name.isascii():
@@ -375,7 +377,7 @@ def _normalize_mapping(mapping: Any, place: str) -> Dict[str, Any]:
     if type(mapping) is dict:
         # Work on a copy: another thread could change the dict of the caller.
         copy = dict(mapping)
-        if _is_surely_normalized(copy):  # a shortcut for most mappings
+        if _needs_no_normalizing(copy):  # a shortcut for most mappings
             return copy
         mapping = copy
     if not isinstance(mapping, collections.abc.Mapping):
@@ -387,7 +389,7 @@ def _normalize_mapping(mapping: Any, place: str) -> Dict[str, Any]:
     for name, value in mapping.items():
         name = _normalize_name(name, place)
         value = _normalize_value(value, f"{place}.{_hide_long(name)}")
-        if name in normalized:  # A mapping that is no dict may repeat a name.
+        if name in normalized:  # as a mapping that is not a dict may do
             raise ValueError(f"{place}: pass each name only once")
         if value is not None:
             normalized[name] = value
@@ -550,7 +552,8 @@ def canonical_string(
     instruction is the exchange's name for the operation, such as
     "orderExecute". params is a mapping, None, or a list of mappings for a
     batch of orders; a parameter that is None is left out. timestamp (Unix
-    time) and window are in milliseconds.
+    time) and window are in milliseconds. In the text of a batch, instruction
+    and parameters are repeated for each order.
 
     The exchange does not document how a list or a mapping within params is
     signed; the form used here is an assumption.
@@ -889,39 +892,24 @@ class Response(NamedTuple):
 
 
 class _ResponseStream(io.RawIOBase):
-    """A stream that reads from a socket as usual, except for two errors.
+    """A stream that reads one response from a socket.
 
-    1. TimeoutError after a deadline for the whole response. (The timeout of a
-       socket begins again with every read, so http.client alone has no limit
-       for the total time.)
-    2. EOFError if the server has closed the connection. (http.client alone
-       would accept headers that are cut off.)
-
-    In this picture, A <- B means that A reads from B. SocketIO is Python's own
-    stream of a socket.
-
-        HTTPResponse <- BufferedReader <- _ResponseStream <- SocketIO <- socket
+    It raises two errors that Python's own stream of a socket does not raise:
+    - TimeoutError if the whole response takes longer than the timeout. (The
+      timeout of a socket begins again with every read, so a slow server could
+      make a response last forever.)
+    - EOFError if the server closes the connection. (Python's own stream only
+      returns no more bytes then, and http.client accepts headers that are cut
+      off in this way.)
     """
 
-    def __init__(self, sock: Any) -> None:
+    def __init__(self, sock: Any, timeout: float) -> None:
         self._sock = sock  # only to set its timeout
-        # The SocketIO keeps the connection open, even if http.client calls
-        # sock.close(). It does so before it reads the body of a response with
-        # "Connection: close".
-        self._socket_io: Any = sock.makefile("rb", buffering=0)
-        # http.client makes this object, so the timeout cannot be an argument.
-        # It is read from the socket, where _new_connection or
-        # _send_and_receive has set it.
-        timeout = sock.gettimeout()
+        # Read from Python's own stream, and not from the socket: the stream
+        # can still be read after http.client has called sock.close(), as it
+        # does before it reads a body with "Connection: close".
+        self._socket_stream: Any = sock.makefile("rb", buffering=0)
         self._deadline = time.monotonic() + timeout
-
-    def makefile(self, mode: str) -> io.BufferedReader:
-        """Return the stream from which HTTPResponse reads.
-
-        HTTPResponse only calls makefile on its socket, so a _ResponseStream
-        can take the place of the socket.
-        """
-        return io.BufferedReader(self)
 
     # BufferedReader calls these three methods.
 
@@ -934,22 +922,30 @@ class _ResponseStream(io.RawIOBase):
         if remaining <= 0:
             raise TimeoutError("timed out")
         self._sock.settimeout(remaining)
-        size: int = self._socket_io.readinto(buffer)
+        size: int = self._socket_stream.readinto(buffer)
         if size == 0:
             raise EOFError("the server closed before the end of the response")
         return size
 
     def close(self) -> None:
-        self._socket_io.close()
+        self._socket_stream.close()
         super().close()
 
 
 class _TimedResponse(http.client.HTTPResponse):
-    """An HTTPResponse that reads through a _ResponseStream."""
+    """An HTTPResponse that reads from a _ResponseStream.
+
+    http.client makes one when it begins to receive a response.
+    """
 
     def __init__(self, sock: Any, *args: Any, **options: Any) -> None:
-        stream: Any = _ResponseStream(sock)
-        super().__init__(stream, *args, **options)
+        super().__init__(sock, *args, **options)
+        # Replace the stream from which HTTPResponse would read. The socket
+        # still has the timeout with which it was opened or has sent: this is
+        # now the time for the whole response.
+        self.fp.close()
+        stream = _ResponseStream(sock, timeout=sock.gettimeout())
+        self.fp = io.BufferedReader(stream)
 
 
 @functools.lru_cache(maxsize=None)  # because loading certificates takes long
@@ -1043,8 +1039,8 @@ class _IdleConnections:
     """
 
     def __init__(self) -> None:
-        # For each endpoint (see send): the connection, and time.monotonic() at
-        # the end of its last response.
+        # By endpoint (process id, scheme, host): the connection, and
+        # time.monotonic() at the end of its last response.
         self.by_endpoint: Dict[
             Any, Tuple[http.client.HTTPConnection, float]
         ] = {}
@@ -1129,41 +1125,32 @@ def _check_response_headers(headers: http.client.HTTPMessage) -> None:
         )
 
 
-def _is_end_known(response: http.client.HTTPResponse) -> bool:
-    """Return whether http.client knows where the body ends."""
-    has_no_body = response.length == 0  # such as status 204, or after HEAD
-    return (
-        has_no_body
-        or "Content-Length" in response.headers
-        or "Transfer-Encoding" in response.headers
-    )
-
-
 def _read_raw_body(response: http.client.HTTPResponse) -> bytes:
     """Return the body as it was received, perhaps compressed.
 
-    A body without a known end ends when the server closes the connection, so
-    it could be incomplete. This is good enough for the message of an error,
-    but not for a success.
+    If http.client does not know where the body ends, it ends when the server
+    closes the connection, and could be incomplete. This is accepted for the
+    message of an error, but not for a success.
     """
     _check_response_headers(response.headers)
-    is_end_known = _is_end_known(response)
+    is_end_known = response.chunked or response.length is not None
     if not is_end_known and _is_success(response.status):
         raise http.client.HTTPException(
             "without a Content-Length, the body could be incomplete"
         )
+    # There are two ends. At a known end, read1 returns b"". When the server
+    # closes the connection, _ResponseStream raises EOFError.
     body = bytearray()
     try:
         while True:
             part = response.read1(65536)
-            if not part:  # The known end was reached.
+            if not part:
                 break
             body += part
             _check_body_size(body)
-    except EOFError:  # The server has closed the connection.
+    except EOFError:
         if is_end_known:
             raise  # The body is cut off.
-        # Otherwise, this is the end of the body.
     return bytes(body)
 
 
@@ -1236,8 +1223,7 @@ def _send_and_receive(
     """Send a request once and return its response."""
     accept_encoding = "gzip" if _HAS_ZLIB else "identity"
     try:
-        # Set the timeout for sending. _ResponseStream later reads it from the
-        # socket, and takes it as the limit for the whole response.
+        # This is for sending, and for the response (see _TimedResponse).
         connection.sock.settimeout(timeout)
         connection.request(
             request.get_method(),
@@ -1250,9 +1236,9 @@ def _send_and_receive(
         connection.close()  # A late response must not reach the next request.
         raise
     if response.status == 408:
-        # A server may send 408 because the connection was idle, just when this
-        # request is sent. Then the response to the request could still come
-        # on this connection, so do not keep it.
+        # A server may send 408 to an idle connection just when this request
+        # is sent. Then the response to the request may still follow, so the
+        # connection must not be used again.
         connection.close()
     return response
 
@@ -1327,8 +1313,8 @@ def _body_or_error(request: Request, response: Response) -> Any:
     try:
         body = _decode(response.body)
     except Exception as error:  # such as MemoryError
-        # request() promises that nothing was sent if it raises an Exception
-        # that is not a BPXError. Here the request was sent.
+        # request() promises that an Exception other than a BPXError means that
+        # nothing was sent. Here the request was sent, so convert the error.
         raise UnknownOutcomeError(request, _describe(error)) from error
     if not _is_success(response.status):
         raise APIError(request, response.status, body, response.headers)
@@ -1416,7 +1402,7 @@ exit status:
   1  APIError with the status 3xx or 4xx, except 408: the request was not
      executed.
   2  Nothing was sent: a wrong argument, a missing key or module, an interrupt
-     before sending, or a dry run that failed.
+     while arguments are read, or a dry run that failed.
   3  Nothing was sent: NotSentError, the connection could not be made.
   4  The exchange may have executed the request. This is the status after an
      UnknownOutcomeError, an APIError with the status 408 or 5xx, an
@@ -1558,12 +1544,13 @@ def _parse_json(source: str, text: Union[str, bytes]) -> Any:
 def _parse_pair(pair: str) -> Tuple[str, Any]:
     """Return the name and the value of name=text or name:=json."""
     name, separator, text = pair.partition("=")
-    is_json = name.endswith(":")
+    is_json = name.endswith(":")  # "a:=1" gives the name "a:"
     if is_json:
         name = name[:-1]
     # A secret key that is passed here by mistake ends with "=", so it looks
     # like a long name with an empty text. Refuse it, so that it is not sent.
-    if not name or not separator or len(name) >= _HIDDEN_LENGTH:
+    is_perhaps_key = len(name) >= _MIN_HIDDEN_LENGTH
+    if not name or not separator or is_perhaps_key:
         raise ValueError(
             f"pass name=text or name:=json, not {_hide_long(pair)!r}"
         )

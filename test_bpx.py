@@ -3,6 +3,7 @@
 Run it with "python -m unittest", in an environment that has PyNaCl.
 """
 
+import atexit
 import base64
 import contextlib
 import decimal
@@ -612,6 +613,7 @@ def repeat_forever(first, *steps):
     return itertools.chain([first], itertools.cycle(steps))
 
 
+# fmt: off
 # For localhost only, its own authority, until 2120. The key is for tests.
 PEM = """\
 -----BEGIN PRIVATE KEY-----
@@ -623,15 +625,13 @@ uiEUn2zoAiZJxoyO2LkBPTiFgxsWdn8xdaKuEEbZ29+QULuBVKmWk6J/dkMN3DGjeTB3MA8GA1UdEwEB
 BgNVHREEDTALgglsb2NhbGhvc3QwCgYIKoZIzj0EAwIDSAAwRQIgXClWVA5U9PMfyc+jyfIEpkC2nUSYeoTMglg3ag0UU+4CIQDH1RVScza8Vuh6urLkWqEH5wlIPtjUKdzoOlJSso9Fng==
 -----END CERTIFICATE-----
 """
+# fmt: on
 FOLDER = tempfile.TemporaryDirectory()
+atexit.register(FOLDER.cleanup)
 PEM_FILE = os.path.join(FOLDER.name, "localhost.pem")
+pathlib.Path(PEM_FILE).write_text(PEM)
 SERVER_CONTEXT = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-
-
-def setUpModule():
-    unittest.addModuleCleanup(FOLDER.cleanup)
-    pathlib.Path(PEM_FILE).write_text(PEM)
-    SERVER_CONTEXT.load_cert_chain(PEM_FILE)
+SERVER_CONTEXT.load_cert_chain(PEM_FILE)
 
 
 # --- What the tests share ---
@@ -1978,7 +1978,7 @@ except bpx.NotSentError as error:
 # Nothing but finding and reading modules may be audited, and an environment
 # that is not there cannot be read.
 ONLY_IMPORTED = """
-import argparse, decimal, gzip, http.client, json, os, selectors, urllib.request
+import argparse, decimal, http.client, json, os, selectors, urllib.request
 os.environ = None
 def hook(event, args):
     if event.startswith(("socket", "subprocess", "ssl", "os.")):
