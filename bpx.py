@@ -114,11 +114,11 @@ DEFAULT_WINDOW = 5000  # milliseconds for which a signed request is valid
 MAX_WINDOW = 60000  # milliseconds, the exchange's limit
 DEFAULT_TIMEOUT = 10.0  # seconds for each step of a request (see send)
 MAX_IDLE = 15.0  # seconds after which an idle connection is not used again
-MAX_BODY = 16 * 1024 * 1024  # largest body in bytes, also when unpacked
+MAX_BODY = 16 * 1024 * 1024  # bytes; limit of a body, as sent and unpacked
 
 # Error messages hide a text of this length or more, because it could be a
-# secret key. A key has 44 characters, and the last one is "=". Where the
-# command line splits name=text, 43 of them remain.
+# secret key: 43 characters and a final "=". (If one is passed as name=text,
+# the command line splits it at the "=", and sees a name of 43 characters.)
 _MIN_HIDDEN_LENGTH = 43
 
 # The parameters of a request: None, a mapping of names to values, or (for a
@@ -243,8 +243,8 @@ class APIError(BPXError):
             if isinstance(field, (str, int, float)):
                 reason += " " + str(field)[:300]
         super().__init__(request, reason)
-        # pickle rebuilds an error by calling APIError(*args). BPXError sets
-        # args to two values, but this __init__ needs four.
+        # pickle rebuilds an error by calling APIError(*args). Without this
+        # line, args would have two values, but __init__ needs four.
         self.args = (request, status, body, headers)
 
 
@@ -264,10 +264,10 @@ class UnknownOutcomeError(BPXError):
        may still accept the order. The timestamp and the window are in
        error.request.headers, with the names "X-timestamp" and "X-window"
        (urllib changes the case).
-    2. Search for its clientId, which you should give to every order:
-       GET /api/v1/order finds an open order by it, and
-       GET /wapi/v1/history/orders lists filled and cancelled orders. If
-       neither has it, look again later: the history could be late.
+    2. Give every order a clientId, and search for that: GET /api/v1/order
+       finds an open order with it, and GET /wapi/v1/history/orders lists
+       filled and cancelled orders. If neither has it, look again later: the
+       history could be late.
     """
 
     outcome_unknown = True
@@ -279,13 +279,13 @@ def _one_line(text: str) -> str:
     return " ".join("".join(printable).split())
 
 
-def _describe(error: BaseException) -> str:
+def _describe_error(error: BaseException) -> str:
     name = type(error).__name__
     return f"{name}: {error}" if str(error) else name
 
 
-def _number_or_type(value: Any) -> str:
-    """Return the text that stands for a bad value in an error message.
+def _describe_value(value: Any) -> str:
+    """Describe a bad value for an error message.
 
     A number is shown as it is. Of any other value, only the type is shown,
     because the value could be a secret.
@@ -313,7 +313,8 @@ def _check_str(value: Any, place: str) -> None:
 #
 # First the parameters are normalized: they are converted to dict, list, str,
 # int and bool, and every None is left out. What is signed and what is sent
-# are both made from the normalized values, so they agree.
+# are both made from the normalized values, so they agree. (An empty list is
+# sent, and adds nothing to the signed text.)
 #
 # Subclasses of str, int and Decimal are converted to the plain type, because
 # a subclass may have another __str__. str.__str__(text) returns a plain str,
@@ -355,13 +356,14 @@ def _normalize_params(params: Any) -> List[Dict[str, Any]]:
     return mappings
 
 
-def _needs_no_normalizing(mapping: Dict[Any, Any]) -> bool:
-    """Return whether a mapping has only ASCII text, integers and booleans.
+def _is_already_normalized(mapping: Dict[Any, Any]) -> bool:
+    """Return True for a mapping of ASCII text, integers and booleans.
 
-    These are normalized already. (Other text could have surrogates, and a
-    subclass of str or int must be converted, so types are compared by "is".)
+    Nothing in such a mapping must be converted.
     """
     for name, value in mapping.items():
+        # Not isinstance, because a subclass must be converted. Not every str,
+        # because text that is not ASCII could have surrogates.
         if type(name) is not str or not name.isascii():
             return False
         if type(value) is str:
@@ -375,11 +377,11 @@ def _needs_no_normalizing(mapping: Dict[Any, Any]) -> bool:
 def _normalize_mapping(mapping: Any, place: str) -> Dict[str, Any]:
     """Return the normalized names and values of a mapping."""
     if type(mapping) is dict:
-        # Work on a copy: another thread could change the dict of the caller.
-        copy = dict(mapping)
-        if _needs_no_normalizing(copy):  # a shortcut for most mappings
-            return copy
-        mapping = copy
+        # Another thread could change the dict of the caller.
+        snapshot = dict(mapping)
+        if _is_already_normalized(snapshot):  # a shortcut for most mappings
+            return snapshot
+        mapping = snapshot
     if not isinstance(mapping, collections.abc.Mapping):
         raise TypeError(
             f"{place}: pass a mapping of names to values, "
@@ -389,7 +391,8 @@ def _normalize_mapping(mapping: Any, place: str) -> Dict[str, Any]:
     for name, value in mapping.items():
         name = _normalize_name(name, place)
         value = _normalize_value(value, f"{place}.{_hide_long(name)}")
-        if name in normalized:  # as a mapping that is not a dict may do
+        # A mapping that is not a dict may have a name twice.
+        if name in normalized:
             raise ValueError(f"{place}: pass each name only once")
         if value is not None:
             normalized[name] = value
@@ -400,7 +403,7 @@ def _normalize_name(name: Any, place: str) -> str:
     """Return the normalized name of a parameter."""
     if not isinstance(name, str):
         raise TypeError(
-            f"{place}: pass names as str, not {_number_or_type(name)}"
+            f"{place}: pass names as str, not {_describe_value(name)}"
         )
     # ascii(), because the name may have a surrogate, which cannot be printed.
     return _normalize_text(name, f"{place}, name {ascii(_hide_long(name))}")
@@ -522,12 +525,12 @@ def _make_canonical_string(
     if type(timestamp) is not int or timestamp < 0:
         raise ValueError(
             "timestamp: pass an int of milliseconds since 1970, "
-            f"not {_number_or_type(timestamp)}"
+            f"not {_describe_value(timestamp)}"
         )
     if type(window) is not int or not 1 <= window <= MAX_WINDOW:
         raise ValueError(
             f"window: pass an int from 1 to {MAX_WINDOW} milliseconds, "
-            f"not {_number_or_type(window)}"
+            f"not {_describe_value(window)}"
         )
     # instruction=<instruction>&<name>=<value>&...&timestamp=<ms>&window=<ms>
     # In a batch, the part before timestamp is repeated for each order.
@@ -649,8 +652,8 @@ def sign_request(
     the last eight keys in memory. timestamp (by default now) and window are in
     milliseconds. For instruction and params, see canonical_string.
 
-    This function only signs. You must send exactly the values that were
-    signed; build_request makes such a request.
+    If you build the request yourself, send the same values: a Decimal as its
+    text, and no None. build_request does this for you.
 
     Raises TypeError or ValueError for arguments that cannot be signed, and
     for a bad secret_key. No error message contains secret_key. Raises
@@ -857,14 +860,11 @@ def build_request(
     is_batch = isinstance(params, (list, tuple))
     params_to_send: Any = mappings if is_batch else mappings[0]
     if method == "GET":
-        return Request(
-            url + _query_string(params_to_send), headers=all_headers
-        )
+        url += _query_string(params_to_send)
+        return Request(url, headers=all_headers, method=method)
     all_headers["Content-Type"] = "application/json; charset=utf-8"
-    body = _JSON_ENCODER.encode(
-        params_to_send
-    ).encode()  # b"{}" without params
-    return Request(url, body, all_headers, method=method)
+    json_text = _JSON_ENCODER.encode(params_to_send)  # "{}" without params
+    return Request(url, json_text.encode(), all_headers, method=method)
 
 
 # --- 4. Transport: sends a request once, and keeps the connection ---
@@ -874,7 +874,8 @@ def build_request(
 # - follows redirects, and so could send the signature to another host,
 # - has no limit for the total time of a response.
 #
-# Each thread keeps one idle connection for each scheme, host and port.
+# Each thread keeps one idle connection for each scheme, host and port, until
+# it is replaced or the thread ends.
 # After any failure, a connection is closed, because a late response could be
 # taken for the response to the next request.
 
@@ -894,22 +895,24 @@ class Response(NamedTuple):
 class _ResponseStream(io.RawIOBase):
     """A stream that reads one response from a socket.
 
-    It raises two errors that Python's own stream of a socket does not raise:
-    - TimeoutError if the whole response takes longer than the timeout. (The
-      timeout of a socket begins again with every read, so a slow server could
-      make a response last forever.)
-    - EOFError if the server closes the connection. (Python's own stream only
-      returns no more bytes then, and http.client accepts headers that are cut
-      off in this way.)
+    It differs from the stream that sock.makefile() returns in two ways:
+    - It raises TimeoutError if the whole response takes longer than the
+      timeout. (The timeout of a socket begins again with every read, so a
+      slow server could make a response last forever.)
+    - It raises EOFError if the server closes the connection. (Otherwise,
+      http.client would take that for the end of the headers, and accept
+      headers that are cut off.)
     """
 
     def __init__(self, sock: Any, timeout: float) -> None:
         self._sock = sock  # only to set its timeout
-        # Read from Python's own stream, and not from the socket: the stream
-        # can still be read after http.client has called sock.close(), as it
-        # does before it reads a body with "Connection: close".
+        # Read from this stream, and not from the socket: if a response has
+        # "Connection: close", http.client calls sock.close() before the body
+        # is read. A socket is not really closed while such a stream is open.
         self._socket_stream: Any = sock.makefile("rb", buffering=0)
         self._deadline = time.monotonic() + timeout
+        # True for a body that ends when the server closes the connection.
+        self.ends_with_close = False
 
     # BufferedReader calls these three methods.
 
@@ -923,7 +926,7 @@ class _ResponseStream(io.RawIOBase):
             raise TimeoutError("timed out")
         self._sock.settimeout(remaining)
         size: int = self._socket_stream.readinto(buffer)
-        if size == 0:
+        if size == 0 and not self.ends_with_close:
             raise EOFError("the server closed before the end of the response")
         return size
 
@@ -935,17 +938,17 @@ class _ResponseStream(io.RawIOBase):
 class _TimedResponse(http.client.HTTPResponse):
     """An HTTPResponse that reads from a _ResponseStream.
 
-    http.client makes one when it begins to receive a response.
+    http.client makes a _TimedResponse when it begins to receive a response,
+    because _connect has set connection.response_class.
     """
 
     def __init__(self, sock: Any, *args: Any, **options: Any) -> None:
         super().__init__(sock, *args, **options)
-        # Replace the stream from which HTTPResponse would read. The socket
-        # still has the timeout with which it was opened or has sent: this is
-        # now the time for the whole response.
-        self.fp.close()
-        stream = _ResponseStream(sock, timeout=sock.gettimeout())
-        self.fp = io.BufferedReader(stream)
+        self.fp.close()  # HTTPResponse reads from fp. Replace it.
+        # The socket has the timeout that _new_connection or _send_and_receive
+        # has set. From here on, it limits the whole response.
+        self.stream = _ResponseStream(sock, timeout=sock.gettimeout())
+        self.fp = io.BufferedReader(self.stream)
 
 
 @functools.lru_cache(maxsize=None)  # because loading certificates takes long
@@ -1021,8 +1024,8 @@ def _new_connection(
 def _connect(request: Request, timeout: float) -> http.client.HTTPConnection:
     """Return an open connection to the host of a request."""
     connection = _new_connection(request, timeout)
-    # http.client uses this class for every response on the connection: for
-    # that of the proxy to CONNECT, and for all those of the exchange.
+    # http.client uses this class for the proxy's response to CONNECT, and for
+    # the responses of the exchange.
     connection.response_class = _TimedResponse
     try:
         connection.connect()
@@ -1035,11 +1038,11 @@ def _connect(request: Request, timeout: float) -> http.client.HTTPConnection:
 class _IdleConnections:
     """The idle connections of one thread.
 
-    This is a class, and not only a dict, in order to have __del__.
+    A plain dict could not close the connections when the thread ends.
     """
 
     def __init__(self) -> None:
-        # By endpoint (process id, scheme, host): the connection, and
+        # By endpoint (process id, scheme, host and port): the connection, and
         # time.monotonic() at the end of its last response.
         self.by_endpoint: Dict[
             Any, Tuple[http.client.HTTPConnection, float]
@@ -1080,7 +1083,8 @@ def _is_stale(sock: Any) -> bool:
             selector.register(sock, selectors.EVENT_READ)
             readable = selector.select(timeout=0)  # does not wait
             return len(readable) > 0
-    except OSError:  # such as too many open files
+    except (OSError, ValueError):
+        # Such as too many open files, or a socket that was closed elsewhere.
         return True
 
 
@@ -1117,45 +1121,37 @@ def _check_response_headers(headers: http.client.HTTPMessage) -> None:
     if headers.defects:
         # http.client ignores all that follows a malformed header.
         raise http.client.HTTPException("a header is malformed")
-    framing = headers.get_all("Content-Length", [])
-    framing += headers.get_all("Transfer-Encoding", [])
-    if len(framing) > 1:  # They could contradict each other.
+    length_headers = headers.get_all("Content-Length", [])
+    length_headers += headers.get_all("Transfer-Encoding", [])
+    if len(length_headers) > 1:  # They could contradict each other.
         raise http.client.HTTPException(
             "more than one Content-Length or Transfer-Encoding"
         )
 
 
-def _read_raw_body(response: http.client.HTTPResponse) -> bytes:
-    """Return the body as it was received, perhaps compressed.
-
-    If http.client does not know where the body ends, it ends when the server
-    closes the connection, and could be incomplete. This is accepted for the
-    message of an error, but not for a success.
-    """
+def _read_raw_body(response: Any) -> bytes:
+    """Return the body of a _TimedResponse as it was received."""
     _check_response_headers(response.headers)
     is_end_known = response.chunked or response.length is not None
-    if not is_end_known and _is_success(response.status):
-        raise http.client.HTTPException(
-            "without a Content-Length, the body could be incomplete"
-        )
-    # There are two ends. At a known end, read1 returns b"". When the server
-    # closes the connection, _ResponseStream raises EOFError.
+    if not is_end_known:
+        # The body ends when the server closes the connection, so it could be
+        # incomplete. This is not good enough for a success.
+        if _is_success(response.status):
+            raise http.client.HTTPException(
+                "without a Content-Length, the body could be incomplete"
+            )
+        response.stream.ends_with_close = True
     body = bytearray()
-    try:
-        while True:
-            part = response.read1(65536)
-            if not part:
-                break
-            body += part
-            _check_body_size(body)
-    except EOFError:
-        if is_end_known:
-            raise  # The body is cut off.
+    part = response.read1(65536)
+    while part:
+        body += part
+        _check_body_size(body)
+        part = response.read1(65536)
     return bytes(body)
 
 
 def _unpack(data: bytes) -> bytes:
-    """Unpack gzip data. (Servers send it as one gzip file, not as several.)"""
+    """Unpack gzip data of one member, which is what servers send."""
     gzip_format = 16 + zlib.MAX_WBITS  # This is how zlib is told to read gzip.
     decompressor = zlib.decompressobj(gzip_format)
     # Unpack at most one byte more than is allowed: if this byte exists,
@@ -1169,7 +1165,7 @@ def _unpack(data: bytes) -> bytes:
     return body
 
 
-def _read_body(response: http.client.HTTPResponse) -> bytes:
+def _read_body(response: Any) -> bytes:
     """Return the unpacked body; raise an error if it cannot be read."""
     raw_body = _read_raw_body(response)
     encodings = response.headers.get_all("Content-Encoding", ["identity"])
@@ -1184,7 +1180,7 @@ def _read_body(response: http.client.HTTPResponse) -> bytes:
 
 
 def _read_error_body(
-    connection: http.client.HTTPConnection, response: http.client.HTTPResponse
+    connection: http.client.HTTPConnection, response: Any
 ) -> bytes:
     """Return the unpacked body, or an empty one if it cannot be read.
 
@@ -1204,7 +1200,8 @@ def _receive(connection: http.client.HTTPConnection) -> Response:
 
     The body is b"" if the status is an error and the body cannot be read.
     """
-    with connection.getresponse() as response:
+    response: Any = connection.getresponse()
+    with response:
         if response.status < 200:
             # http.client skips the status 100, but not 101 and the others.
             raise http.client.HTTPException(
@@ -1223,7 +1220,8 @@ def _send_and_receive(
     """Send a request once and return its response."""
     accept_encoding = "gzip" if _HAS_ZLIB else "identity"
     try:
-        # This is for sending, and for the response (see _TimedResponse).
+        # This limits sending. _TimedResponse then reads it from the socket, as
+        # the limit for the whole response.
         connection.sock.settimeout(timeout)
         connection.request(
             request.get_method(),
@@ -1249,7 +1247,7 @@ def _check_timeout(timeout: Any) -> None:
     if not is_number or not 0 < timeout <= 86400:
         raise ValueError(
             "timeout: pass a number of seconds above 0 and at most 86400, "
-            f"not {_number_or_type(timeout)}"
+            f"not {_describe_value(timeout)}"
         )
 
 
@@ -1259,11 +1257,12 @@ def send(request: Request, *, timeout: float = DEFAULT_TIMEOUT) -> Response:
     The response may have any status. If the status is not 2xx, the body may
     be cut off, or empty if it cannot be read.
 
-    timeout is in seconds. Each of these steps may take that long, so the whole
-    call may take longer:
+    timeout is in seconds. It limits each of these steps, and not the whole
+    call:
     - connect to one address (a host may have several)
     - open the tunnel, if there is a proxy
-    - begin TLS, if the URL is https
+    - begin TLS, if the URL is https (through a tunnel: in the time that the
+      step before has left)
     - send the headers
     - send the body
     - receive the whole response
@@ -1282,11 +1281,11 @@ def send(request: Request, *, timeout: float = DEFAULT_TIMEOUT) -> Response:
         if connection is None:
             connection = _connect(request, timeout)
     except Exception as error:
-        raise NotSentError(request, _describe(error)) from error
+        raise NotSentError(request, _describe_error(error)) from error
     try:
         response = _send_and_receive(connection, request, timeout)
     except Exception as error:
-        raise UnknownOutcomeError(request, _describe(error)) from error
+        raise UnknownOutcomeError(request, _describe_error(error)) from error
     # http.client sets sock to None when a connection is closed.
     if connection.sock is not None:
         idle = (connection, time.monotonic())
@@ -1308,14 +1307,14 @@ def _decode(body: bytes) -> Any:
         return text
 
 
-def _body_or_error(request: Request, response: Response) -> Any:
+def _decode_or_raise(request: Request, response: Response) -> Any:
     """Return the decoded body of a response, or raise a BPXError."""
     try:
         body = _decode(response.body)
     except Exception as error:  # such as MemoryError
-        # request() promises that an Exception other than a BPXError means that
+        # By the docstring of request(), every other Exception means that
         # nothing was sent. Here the request was sent, so convert the error.
-        raise UnknownOutcomeError(request, _describe(error)) from error
+        raise UnknownOutcomeError(request, _describe_error(error)) from error
     if not _is_success(response.status):
         raise APIError(request, response.status, body, response.headers)
     return body
@@ -1358,7 +1357,7 @@ def request(
         base_url=base_url,
         headers=headers,
     )
-    return _body_or_error(built, send(built, timeout=timeout))
+    return _decode_or_raise(built, send(built, timeout=timeout))
 
 
 def get(path: str, params: Params = None, **options: Any) -> Any:
@@ -1537,7 +1536,7 @@ def _parse_json(source: str, text: Union[str, bytes]) -> Any:
         return json.loads(text, object_pairs_hook=_dict_of_unique_names)
     except (ValueError, RecursionError) as error:
         raise ValueError(
-            f"{source}: this JSON is not valid ({_describe(error)})"
+            f"{source}: this JSON is not valid ({_describe_error(error)})"
         ) from error
 
 
@@ -1547,8 +1546,8 @@ def _parse_pair(pair: str) -> Tuple[str, Any]:
     is_json = name.endswith(":")  # "a:=1" gives the name "a:"
     if is_json:
         name = name[:-1]
-    # A secret key that is passed here by mistake ends with "=", so it looks
-    # like a long name with an empty text. Refuse it, so that it is not sent.
+    # A secret key that is passed here by mistake ends with "=", so it gives a
+    # name of 43 characters and an empty text. Refuse it; it must not be sent.
     is_perhaps_key = len(name) >= _MIN_HIDDEN_LENGTH
     if not name or not separator or is_perhaps_key:
         raise ValueError(
@@ -1641,26 +1640,25 @@ def _run(
             timeout=args.timeout,
         )
     except NotSentError as error:
-        _fail(3, f"{_describe(error)} (nothing was sent)")
+        _fail(3, f"{_describe_error(error)} (nothing was sent)")
     except BPXError as error:
+        text = _describe_error(error)
         if error.outcome_unknown:
-            _fail(
-                4, f"{_describe(error)} (the request may have been executed)"
-            )
-        _fail(1, _describe(error))
+            _fail(4, f"{text} (the request may have been executed)")
+        _fail(1, text)
     except KeyboardInterrupt:
         _fail(4, "interrupted (the request may have been executed)")
     except Exception as error:
         # It is not a BPXError, so it was raised before sending began.
-        _fail(2, _describe(error))
+        _fail(2, _describe_error(error))
 
 
 def _print_result(result: Any, is_dry_run: bool) -> None:
     """Print the text of a dry run, or a decoded body as JSON.
 
-    If printing fails, exit with 2 after a dry run, and otherwise with 4,
-    because the request was sent. A pipe that was closed by its reader (such
-    as head) is not a failure.
+    If printing fails, exit with 2 after a dry run (nothing was sent), and with
+    4 after a real run. A pipe that was closed by its reader (such as head) is
+    not a failure.
     """
     failure_status = 2 if is_dry_run else 4
     if sys.stdout is None:  # It is closed, and print would do nothing.
@@ -1672,7 +1670,7 @@ def _print_result(result: Any, is_dry_run: bool) -> None:
         _redirect_to_null_device(_STANDARD_OUTPUT)
     except (Exception, KeyboardInterrupt) as error:
         _redirect_to_null_device(_STANDARD_OUTPUT)
-        _fail(failure_status, f"cannot print: {_describe(error)}")
+        _fail(failure_status, f"cannot print: {_describe_error(error)}")
 
 
 def main(argv: Optional[Sequence[str]] = None) -> None:
@@ -1692,7 +1690,7 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     except KeyboardInterrupt:
         _fail(2, "interrupted (nothing was sent)")
     except Exception as error:
-        _fail(2, _describe(error))
+        _fail(2, _describe_error(error))
     if not args.dry_run:
         result = _run(args, params, secret_key)
     _print_result(result, args.dry_run)
