@@ -114,11 +114,12 @@ DEFAULT_WINDOW = 5000  # milliseconds for which a signed request is valid
 MAX_WINDOW = 60000  # milliseconds, the exchange's limit
 DEFAULT_TIMEOUT = 10.0  # seconds for each step of a request (see send)
 MAX_IDLE = 15.0  # seconds after which an idle connection is not used again
-MAX_BODY = 16 * 1024 * 1024  # bytes; limit of a body, as sent and unpacked
+MAX_BODY = 16 * 1024 * 1024  # bytes of a response body, packed or unpacked
 
 # Error messages hide a text of this length or more, because it could be a
-# secret key: 43 characters and a final "=". (If one is passed as name=text,
-# the command line splits it at the "=", and sees a name of 43 characters.)
+# secret key. A key has 44 characters, and the last one is "=". If a key stands
+# where the command line expects name=text, it is split at this "=", and 43
+# characters remain.
 _MIN_HIDDEN_LENGTH = 43
 
 # The parameters of a request: None, a mapping of names to values, or (for a
@@ -217,8 +218,8 @@ class APIError(BPXError):
     """The response has a status that is not a success: 300 or higher.
 
     status is an int, body is the decoded body, and headers are those of the
-    response. If body is a dict, code is body.get("code"), and message is
-    body.get("message"). If it is not, code is None, and message is body.
+    response. If body is a dict, code and message are taken from it. Otherwise,
+    code is None, and message is body.
     outcome_unknown is True for 408 and 5xx: a gateway may send such a status
     even if the exchange has executed the request.
     """
@@ -258,16 +259,16 @@ class UnknownOutcomeError(BPXError):
     The exchange may have executed the request. An APIError with the status
     408 or 5xx is just as uncertain: it also has outcome_unknown = True.
 
-    Before you repeat an order, find out whether it was executed:
+    Give every order a clientId, so that you can find it. Before you repeat an
+    order, find out whether it was executed:
     1. Wait until the timestamp + window of the request has passed, and some
        seconds more, because the clocks may differ. Until then, the exchange
        may still accept the order. The timestamp and the window are in
        error.request.headers, with the names "X-timestamp" and "X-window"
        (urllib changes the case).
-    2. Give every order a clientId, and search for that: GET /api/v1/order
-       finds an open order with it, and GET /wapi/v1/history/orders lists
-       filled and cancelled orders. If neither has it, look again later: the
-       history could be late.
+    2. Search for the clientId: GET /api/v1/order finds an open order with it,
+       and GET /wapi/v1/history/orders lists filled and cancelled orders. If
+       neither has it, look again later: the history could be late.
     """
 
     outcome_unknown = True
@@ -313,8 +314,8 @@ def _check_str(value: Any, place: str) -> None:
 #
 # First the parameters are normalized: they are converted to dict, list, str,
 # int and bool, and every None is left out. What is signed and what is sent
-# are both made from the normalized values, so they agree. (An empty list is
-# sent, and adds nothing to the signed text.)
+# are both made from the normalized values, so they agree. (One exception: in
+# a JSON body, an empty list is sent, and adds nothing to the signed text.)
 #
 # Subclasses of str, int and Decimal are converted to the plain type, because
 # a subclass may have another __str__. str.__str__(text) returns a plain str,
@@ -356,14 +357,11 @@ def _normalize_params(params: Any) -> List[Dict[str, Any]]:
     return mappings
 
 
-def _is_already_normalized(mapping: Dict[Any, Any]) -> bool:
-    """Return True for a mapping of ASCII text, integers and booleans.
-
-    Nothing in such a mapping must be converted.
-    """
+def _needs_no_conversion(mapping: Dict[Any, Any]) -> bool:
+    """Return True for a mapping of ASCII text, integers and booleans."""
     for name, value in mapping.items():
-        # Not isinstance, because a subclass must be converted. Not every str,
-        # because text that is not ASCII could have surrogates.
+        # type() and not isinstance(), because a subclass needs conversion.
+        # ASCII only, because other text could have surrogates.
         if type(name) is not str or not name.isascii():
             return False
         if type(value) is str:
@@ -379,7 +377,7 @@ def _normalize_mapping(mapping: Any, place: str) -> Dict[str, Any]:
     if type(mapping) is dict:
         # Another thread could change the dict of the caller.
         snapshot = dict(mapping)
-        if _is_already_normalized(snapshot):  # a shortcut for most mappings
+        if _needs_no_conversion(snapshot):  # a shortcut for most mappings
             return snapshot
         mapping = snapshot
     if not isinstance(mapping, collections.abc.Mapping):
@@ -405,7 +403,7 @@ def _normalize_name(name: Any, place: str) -> str:
         raise TypeError(
             f"{place}: pass names as str, not {_describe_value(name)}"
         )
-    # ascii(), because the name may have a surrogate, which cannot be printed.
+    # ascii() escapes surrogates, so that the message can be printed.
     return _normalize_text(name, f"{place}, name {ascii(_hide_long(name))}")
 
 
@@ -516,12 +514,12 @@ def _make_canonical_string(
     window: int,
 ) -> str:
     """Return the canonical string of normalized mappings."""
-    _check_str(instruction, "instruction")
-    instruction = str.__str__(instruction)  # converts a subclass
-    if not (instruction.isascii() and instruction.isalnum()):
+    is_str = isinstance(instruction, str)
+    if not (is_str and str.isascii(instruction) and str.isalnum(instruction)):
         raise ValueError(
             "instruction: pass only letters and digits, as in 'orderExecute'"
         )
+    instruction = str.__str__(instruction)  # converts a subclass
     if type(timestamp) is not int or timestamp < 0:
         raise ValueError(
             "timestamp: pass an int of milliseconds since 1970, "
@@ -652,8 +650,9 @@ def sign_request(
     the last eight keys in memory. timestamp (by default now) and window are in
     milliseconds. For instruction and params, see canonical_string.
 
-    If you build the request yourself, send the same values: a Decimal as its
-    text, and no None. build_request does this for you.
+    If you build the request yourself, send the values that were signed: for
+    example, a Decimal in the same notation, and no None. build_request does
+    this for you.
 
     Raises TypeError or ValueError for arguments that cannot be signed, and
     for a bad secret_key. No error message contains secret_key. Raises
@@ -899,19 +898,20 @@ class _ResponseStream(io.RawIOBase):
     - It raises TimeoutError if the whole response takes longer than the
       timeout. (The timeout of a socket begins again with every read, so a
       slow server could make a response last forever.)
-    - It raises EOFError if the server closes the connection. (Otherwise,
-      http.client would take that for the end of the headers, and accept
+    - It raises EOFError if the server closes the connection. (Without this,
+      http.client would treat the close as the end of the headers, and accept
       headers that are cut off.)
     """
 
     def __init__(self, sock: Any, timeout: float) -> None:
         self._sock = sock  # only to set its timeout
-        # Read from this stream, and not from the socket: if a response has
-        # "Connection: close", http.client calls sock.close() before the body
-        # is read. A socket is not really closed while such a stream is open.
+        # For a response with "Connection: close", http.client calls
+        # sock.close() before the body is read. This stream keeps the socket
+        # open until the stream is closed itself.
         self._socket_stream: Any = sock.makefile("rb", buffering=0)
         self._deadline = time.monotonic() + timeout
-        # True for a body that ends when the server closes the connection.
+        # _read_raw_body sets this to True for a body without a known length.
+        # Such a body ends with the close of the connection.
         self.ends_with_close = False
 
     # BufferedReader calls these three methods.
@@ -938,16 +938,18 @@ class _ResponseStream(io.RawIOBase):
 class _TimedResponse(http.client.HTTPResponse):
     """An HTTPResponse that reads from a _ResponseStream.
 
-    http.client makes a _TimedResponse when it begins to receive a response,
-    because _connect has set connection.response_class.
+    _connect (below) tells http.client to use this class for every response.
     """
 
     def __init__(self, sock: Any, *args: Any, **options: Any) -> None:
         super().__init__(sock, *args, **options)
-        self.fp.close()  # HTTPResponse reads from fp. Replace it.
-        # The socket has the timeout that _new_connection or _send_and_receive
-        # has set. From here on, it limits the whole response.
-        self.stream = _ResponseStream(sock, timeout=sock.gettimeout())
+        # http.client makes this object, so the timeout cannot be an argument.
+        # It is taken from the socket. A new connection sets it there, and
+        # _send_and_receive sets it again for each request.
+        timeout = sock.gettimeout()
+        self.stream = _ResponseStream(sock, timeout)
+        # HTTPResponse reads from its attribute fp. Replace it.
+        self.fp.close()
         self.fp = io.BufferedReader(self.stream)
 
 
@@ -1024,8 +1026,7 @@ def _new_connection(
 def _connect(request: Request, timeout: float) -> http.client.HTTPConnection:
     """Return an open connection to the host of a request."""
     connection = _new_connection(request, timeout)
-    # http.client uses this class for the proxy's response to CONNECT, and for
-    # the responses of the exchange.
+    # For the proxy's response to CONNECT, and for those of the exchange.
     connection.response_class = _TimedResponse
     try:
         connection.connect()
@@ -1038,12 +1039,13 @@ def _connect(request: Request, timeout: float) -> http.client.HTTPConnection:
 class _IdleConnections:
     """The idle connections of one thread.
 
-    A plain dict could not close the connections when the thread ends.
+    This is a class and not a plain dict, so that __del__ can close the
+    connections when the thread ends.
     """
 
     def __init__(self) -> None:
-        # By endpoint (process id, scheme, host and port): the connection, and
-        # time.monotonic() at the end of its last response.
+        # Maps an endpoint (process id, scheme, host and port) to a connection
+        # and to time.monotonic() at the end of its last response.
         self.by_endpoint: Dict[
             Any, Tuple[http.client.HTTPConnection, float]
         ] = {}
@@ -1135,24 +1137,25 @@ def _read_raw_body(response: Any) -> bytes:
     is_end_known = response.chunked or response.length is not None
     if not is_end_known:
         # The body ends when the server closes the connection, so it could be
-        # incomplete. This is not good enough for a success.
+        # incomplete. Accept that for an error, but not for a success.
         if _is_success(response.status):
             raise http.client.HTTPException(
                 "without a Content-Length, the body could be incomplete"
             )
         response.stream.ends_with_close = True
     body = bytearray()
-    part = response.read1(65536)
-    while part:
+    while True:
+        part = response.read1(65536)
+        if not part:
+            break
         body += part
         _check_body_size(body)
-        part = response.read1(65536)
     return bytes(body)
 
 
 def _unpack(data: bytes) -> bytes:
-    """Unpack gzip data of one member, which is what servers send."""
-    gzip_format = 16 + zlib.MAX_WBITS  # This is how zlib is told to read gzip.
+    """Unpack gzip data of one member. (Servers do not send several.)"""
+    gzip_format = 16 + zlib.MAX_WBITS  # Adding 16 selects the gzip format.
     decompressor = zlib.decompressobj(gzip_format)
     # Unpack at most one byte more than is allowed: if this byte exists,
     # _check_body_size raises an error.
@@ -1176,7 +1179,9 @@ def _read_body(response: Any) -> bytes:
         raise http.client.HTTPException(
             f"Content-Encoding {encoding} is not supported"
         )
-    return _unpack(raw_body) if raw_body else b""
+    if not raw_body:  # such as a 204 with a Content-Encoding
+        return b""
+    return _unpack(raw_body)
 
 
 def _read_error_body(
@@ -1220,8 +1225,8 @@ def _send_and_receive(
     """Send a request once and return its response."""
     accept_encoding = "gzip" if _HAS_ZLIB else "identity"
     try:
-        # This limits sending. _TimedResponse then reads it from the socket, as
-        # the limit for the whole response.
+        # This timeout limits sending. _TimedResponse later takes it from the
+        # socket, and limits the whole response with it.
         connection.sock.settimeout(timeout)
         connection.request(
             request.get_method(),
@@ -1261,8 +1266,8 @@ def send(request: Request, *, timeout: float = DEFAULT_TIMEOUT) -> Response:
     call:
     - connect to one address (a host may have several)
     - open the tunnel, if there is a proxy
-    - begin TLS, if the URL is https (through a tunnel: in the time that the
-      step before has left)
+    - begin TLS, if the URL is https (with a proxy, this step and the one
+      before share one timeout)
     - send the headers
     - send the body
     - receive the whole response
@@ -1312,8 +1317,8 @@ def _decode_or_raise(request: Request, response: Response) -> Any:
     try:
         body = _decode(response.body)
     except Exception as error:  # such as MemoryError
-        # By the docstring of request(), every other Exception means that
-        # nothing was sent. Here the request was sent, so convert the error.
+        # request() promises that after an Exception that is not a BPXError
+        # nothing was sent. Here the request was sent, so raise a BPXError.
         raise UnknownOutcomeError(request, _describe_error(error)) from error
     if not _is_success(response.status):
         raise APIError(request, response.status, body, response.headers)
@@ -1361,22 +1366,22 @@ def request(
 
 
 def get(path: str, params: Params = None, **options: Any) -> Any:
-    """Call request with the method GET, and return what it returns."""
+    """Send a GET request. Options, result and errors: see request."""
     return request("GET", path, params, **options)
 
 
 def post(path: str, params: Params = None, **options: Any) -> Any:
-    """Call request with the method POST, and return what it returns."""
+    """Send a POST request. Options, result and errors: see request."""
     return request("POST", path, params, **options)
 
 
 def delete(path: str, params: Params = None, **options: Any) -> Any:
-    """Call request with the method DELETE, and return what it returns."""
+    """Send a DELETE request. Options, result and errors: see request."""
     return request("DELETE", path, params, **options)
 
 
 def patch(path: str, params: Params = None, **options: Any) -> Any:
-    """Call request with the method PATCH, and return what it returns."""
+    """Send a PATCH request. Options, result and errors: see request."""
     return request("PATCH", path, params, **options)
 
 
@@ -1402,7 +1407,7 @@ exit status:
      executed.
   2  Nothing was sent: a wrong argument, a missing key or module, an interrupt
      while arguments are read, or a dry run that failed.
-  3  Nothing was sent: NotSentError, the connection could not be made.
+  3  NotSentError: the connection could not be made, so nothing was sent.
   4  The exchange may have executed the request. This is the status after an
      UnknownOutcomeError, an APIError with the status 408 or 5xx, an
      interrupt of the request, or a response that could not be printed.
@@ -1645,7 +1650,8 @@ def _run(
         text = _describe_error(error)
         if error.outcome_unknown:
             _fail(4, f"{text} (the request may have been executed)")
-        _fail(1, text)
+        else:
+            _fail(1, text)
     except KeyboardInterrupt:
         _fail(4, "interrupted (the request may have been executed)")
     except Exception as error:
