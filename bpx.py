@@ -874,9 +874,12 @@ def build_request(
 # - has no limit for the total time of a response.
 #
 # Each thread keeps one idle connection for each scheme, host and port, until
-# it is replaced or the thread ends.
-# After any failure, a connection is closed, because a late response could be
-# taken for the response to the next request.
+# it is found too old or closed, or the thread ends. After any failure, a
+# connection is closed, because a late response could be taken for the response
+# to the next request.
+#
+# What is kept is the socket. http.client writes each request to it, and parses
+# each response from it.
 
 
 class Response(NamedTuple):
@@ -904,19 +907,13 @@ class _ResponseStream(io.RawIOBase):
     """
 
     def __init__(self, sock: Any, timeout: float) -> None:
-        self._sock = sock  # only to set its timeout
-        # For a response with "Connection: close", http.client calls
-        # sock.close() before the body is read. This stream keeps the socket
-        # open until the stream is closed itself.
-        self._socket_stream: Any = sock.makefile("rb", buffering=0)
+        self._sock = sock
         self._deadline = time.monotonic() + timeout
         # _read_raw_body sets this to True for a body without a known length.
-        # Such a body ends with the close of the connection.
-        self.ends_with_close = False
+        # Such a body ends when the server closes the connection.
+        self.may_end_with_close = False
 
-    # BufferedReader calls these three methods.
-
-    def readable(self) -> bool:
+    def readable(self) -> bool:  # BufferedReader calls it.
         return True
 
     def readinto(self, buffer: Any) -> int:
@@ -925,31 +922,21 @@ class _ResponseStream(io.RawIOBase):
         if remaining <= 0:
             raise TimeoutError("timed out")
         self._sock.settimeout(remaining)
-        size: int = self._socket_stream.readinto(buffer)
-        if size == 0 and not self.ends_with_close:
+        size: int = self._sock.recv_into(buffer)
+        if size == 0 and not self.may_end_with_close:
             raise EOFError("the server closed before the end of the response")
         return size
 
-    def close(self) -> None:
-        self._socket_stream.close()
-        super().close()
-
 
 class _TimedResponse(http.client.HTTPResponse):
-    """An HTTPResponse that reads from a _ResponseStream.
+    """An HTTPResponse that reads from a _ResponseStream."""
 
-    _connect (below) tells http.client to use this class for every response.
-    """
-
-    def __init__(self, sock: Any, *args: Any, **options: Any) -> None:
-        super().__init__(sock, *args, **options)
-        # http.client makes this object, so the timeout cannot be an argument.
-        # It is taken from the socket. A new connection sets it there, and
-        # _send_and_receive sets it again for each request.
-        timeout = sock.gettimeout()
-        self.stream = _ResponseStream(sock, timeout)
+    def __init__(self, sock: Any, method: str, timeout: float) -> None:
+        debuglevel = http.client.HTTPConnection.debuglevel
+        super().__init__(sock, debuglevel, method)
         # HTTPResponse reads from its attribute fp. Replace it.
         self.fp.close()
+        self.stream = _ResponseStream(sock, timeout)
         self.fp = io.BufferedReader(self.stream)
 
 
@@ -1003,37 +990,57 @@ def _find_proxy(host: str) -> Optional[_Proxy]:
     return _Proxy(f"{match['host']}:{port}", headers)
 
 
-def _new_connection(
-    request: Request, timeout: float
-) -> http.client.HTTPConnection:
-    """Return a connection that is not open yet."""
-    if request.type == "http":  # to this machine, so without a proxy
-        return http.client.HTTPConnection(request.host, timeout=timeout)
-    context = _tls_context()
-    proxy = _find_proxy(request.host)
-    # With a proxy, the connection is to the proxy. http.client then asks the
-    # proxy for a tunnel to the host of the request, and begins TLS with that
-    # host through the tunnel.
-    address = request.host if proxy is None else proxy.address
-    connection = http.client.HTTPSConnection(
-        address, timeout=timeout, context=context
-    )
-    if proxy is not None:
-        connection.set_tunnel(request.host, headers=proxy.headers)
-    return connection
-
-
-def _connect(request: Request, timeout: float) -> http.client.HTTPConnection:
-    """Return an open connection to the host of a request."""
-    connection = _new_connection(request, timeout)
-    # For the proxy's response to CONNECT, and for those of the exchange.
-    connection.response_class = _TimedResponse
+def _open(connection: http.client.HTTPConnection) -> Any:
+    """Open a connection of http.client, and return its socket."""
     try:
         connection.connect()
     except BaseException:
         connection.close()
         raise
-    return connection
+    return connection.sock
+
+
+def _open_tunnel(
+    request: Request, proxy: _Proxy, context: Any, timeout: float
+) -> Any:
+    """Return a TLS socket to the host of a request, through a proxy."""
+    url = urllib.parse.urlsplit(request.full_url)
+    target = request.host if url.port else f"{request.host}:443"
+    connection = http.client.HTTPConnection(proxy.address, timeout=timeout)
+    sock = _open(connection)
+    try:
+        connection.putrequest(
+            "CONNECT", target, skip_host=True, skip_accept_encoding=True
+        )
+        connection.putheader("Host", target)
+        for name, value in proxy.headers.items():
+            connection.putheader(name, value)
+        connection.endheaders()
+        with _TimedResponse(sock, "CONNECT", timeout) as response:
+            response.begin()  # receives the status and the headers
+        if response.status != 200:
+            raise OSError(f"the proxy has answered {response.status}")
+        # Now the proxy passes on all bytes, so TLS begins with the host.
+        sock.settimeout(timeout)
+        return context.wrap_socket(sock, server_hostname=url.hostname)
+    except BaseException:
+        sock.close()
+        raise
+
+
+def _connect(request: Request, timeout: float) -> Any:
+    """Return a socket that is connected to the host of a request."""
+    if request.type == "http":  # to this machine, so without TLS and proxy
+        return _open(http.client.HTTPConnection(request.host, timeout=timeout))
+    context = _tls_context()
+    proxy = _find_proxy(request.host)
+    if proxy is not None:
+        return _open_tunnel(request, proxy, context, timeout)
+    return _open(
+        http.client.HTTPSConnection(
+            request.host, timeout=timeout, context=context
+        )
+    )
 
 
 class _IdleConnections:
@@ -1044,19 +1051,17 @@ class _IdleConnections:
     """
 
     def __init__(self) -> None:
-        # Maps an endpoint (process id, scheme, host and port) to a connection
-        # and to time.monotonic() at the end of its last response.
-        self.by_endpoint: Dict[
-            Any, Tuple[http.client.HTTPConnection, float]
-        ] = {}
+        # Maps an endpoint (process id, scheme, host and port) to a socket and
+        # to time.monotonic() at the end of its last response.
+        self.by_endpoint: Dict[Any, Tuple[Any, float]] = {}
 
     def __del__(self) -> None:
         """Close the connections: Python calls this when the thread ends.
 
         Otherwise, Python would show a ResourceWarning for each of them.
         """
-        for connection, _ in self.by_endpoint.values():
-            connection.close()
+        for sock, _ in self.by_endpoint.values():
+            sock.close()
 
 
 class _ThreadLocal(threading.local):
@@ -1090,26 +1095,24 @@ def _is_stale(sock: Any) -> bool:
         return True
 
 
-def _take_idle_connection(
-    endpoint: Any,
-) -> Optional[http.client.HTTPConnection]:
-    """Remove and return the idle connection to an endpoint.
+def _take_idle_connection(endpoint: Any) -> Any:
+    """Remove the idle connection to an endpoint, and return its socket.
 
     Return None if the thread has none, or if it cannot be used again.
     """
     by_endpoint = _thread_local.idle_connections.by_endpoint
     if endpoint not in by_endpoint:
         return None
-    connection, idle_since = by_endpoint.pop(endpoint)
+    sock, idle_since = by_endpoint.pop(endpoint)
     idle_time = time.monotonic() - idle_since
-    if idle_time >= MAX_IDLE or _is_stale(connection.sock):
-        connection.close()
+    if idle_time >= MAX_IDLE or _is_stale(sock):
+        sock.close()
         return None
-    return connection
+    return sock
 
 
 def _is_success(status: int) -> bool:
-    """Return whether a status is 2xx. (_receive has excluded 1xx.)"""
+    """Return whether a status is 2xx. (_receive refuses 1xx.)"""
     return status < 300
 
 
@@ -1131,8 +1134,8 @@ def _check_response_headers(headers: http.client.HTTPMessage) -> None:
         )
 
 
-def _read_raw_body(response: Any) -> bytes:
-    """Return the body of a _TimedResponse as it was received."""
+def _read_raw_body(response: _TimedResponse) -> bytes:
+    """Return the body as it was received, perhaps compressed."""
     _check_response_headers(response.headers)
     is_end_known = response.chunked or response.length is not None
     if not is_end_known:
@@ -1142,7 +1145,7 @@ def _read_raw_body(response: Any) -> bytes:
             raise http.client.HTTPException(
                 "without a Content-Length, the body could be incomplete"
             )
-        response.stream.ends_with_close = True
+        response.stream.may_end_with_close = True
     body = bytearray()
     while True:
         part = response.read1(65536)
@@ -1168,7 +1171,7 @@ def _unpack(data: bytes) -> bytes:
     return body
 
 
-def _read_body(response: Any) -> bytes:
+def _read_body(response: _TimedResponse) -> bytes:
     """Return the unpacked body; raise an error if it cannot be read."""
     raw_body = _read_raw_body(response)
     encodings = response.headers.get_all("Content-Encoding", ["identity"])
@@ -1184,66 +1187,52 @@ def _read_body(response: Any) -> bytes:
     return _unpack(raw_body)
 
 
-def _read_error_body(
-    connection: http.client.HTTPConnection, response: Any
-) -> bytes:
-    """Return the unpacked body, or an empty one if it cannot be read.
+def _receive(sock: Any, method: str, timeout: float) -> Tuple[Response, bool]:
+    """Receive a response to a request with this method.
 
-    The status of the response is known, so a body that cannot be read is no
-    reason to raise an error.
+    Return it, and whether the connection can be used again.
     """
-    try:
-        return _read_body(response)
-    except Exception:
-        # The rest of the body could be taken for the next response.
-        connection.close()
-        return b""
-
-
-def _receive(connection: http.client.HTTPConnection) -> Response:
-    """Receive a response.
-
-    The body is b"" if the status is an error and the body cannot be read.
-    """
-    response: Any = connection.getresponse()
-    with response:
+    with _TimedResponse(sock, method, timeout) as response:
+        response.begin()  # receives the status and the headers
         if response.status < 200:
             # http.client skips the status 100, but not 101 and the others.
             raise http.client.HTTPException(
                 f"unexpected status {response.status}"
             )
-        if _is_success(response.status):
+        # A server may send 408 to an idle connection just when this request
+        # is sent. Then the response to the request may still follow.
+        is_reusable = not response.will_close and response.status != 408
+        try:
             body = _read_body(response)
-        else:
-            body = _read_error_body(connection, response)
-    return Response(response.status, response.headers, body)
+        except Exception:
+            if _is_success(response.status):
+                raise
+            # The status of an error is enough. But the rest of its body could
+            # be taken for the next response.
+            body = b""
+            is_reusable = False
+    return Response(response.status, response.headers, body), is_reusable
 
 
 def _send_and_receive(
-    connection: http.client.HTTPConnection, request: Request, timeout: float
-) -> Response:
-    """Send a request once and return its response."""
-    accept_encoding = "gzip" if _HAS_ZLIB else "identity"
+    sock: Any, request: Request, timeout: float
+) -> Tuple[Response, bool]:
+    """Send a request once, and return what _receive returns."""
+    headers = {
+        "Accept-Encoding": "gzip" if _HAS_ZLIB else "identity",
+        "Host": request.host,
+        **request.headers,
+    }
+    connection = http.client.HTTPConnection(request.host)
+    connection.sock = sock  # This connection is open, and uses this socket.
+    method = request.get_method()
     try:
-        # This timeout limits sending. _TimedResponse later takes it from the
-        # socket, and limits the whole response with it.
-        connection.sock.settimeout(timeout)
-        connection.request(
-            request.get_method(),
-            request.selector,
-            request.data,
-            {"Accept-Encoding": accept_encoding, **request.headers},
-        )
-        response = _receive(connection)
+        sock.settimeout(timeout)
+        connection.request(method, request.selector, request.data, headers)
+        return _receive(sock, method, timeout)
     except BaseException:
-        connection.close()  # A late response must not reach the next request.
+        sock.close()  # A late response must not reach the next request.
         raise
-    if response.status == 408:
-        # A server may send 408 to an idle connection just when this request
-        # is sent. Then the response to the request may still follow, so the
-        # connection must not be used again.
-        connection.close()
-    return response
 
 
 def _check_timeout(timeout: Any) -> None:
@@ -1266,8 +1255,7 @@ def send(request: Request, *, timeout: float = DEFAULT_TIMEOUT) -> Response:
     call:
     - connect to one address (a host may have several)
     - open the tunnel, if there is a proxy
-    - begin TLS, if the URL is https (with a proxy, this step and the one
-      before share one timeout)
+    - begin TLS, if the URL is https
     - send the headers
     - send the body
     - receive the whole response
@@ -1282,19 +1270,20 @@ def send(request: Request, *, timeout: float = DEFAULT_TIMEOUT) -> Response:
     # connections of its parent.
     endpoint = (os.getpid(), request.type, request.host)
     try:
-        connection = _take_idle_connection(endpoint)
-        if connection is None:
-            connection = _connect(request, timeout)
+        sock = _take_idle_connection(endpoint)
+        if sock is None:
+            sock = _connect(request, timeout)
     except Exception as error:
         raise NotSentError(request, _describe_error(error)) from error
     try:
-        response = _send_and_receive(connection, request, timeout)
+        response, is_reusable = _send_and_receive(sock, request, timeout)
     except Exception as error:
         raise UnknownOutcomeError(request, _describe_error(error)) from error
-    # http.client sets sock to None when a connection is closed.
-    if connection.sock is not None:
-        idle = (connection, time.monotonic())
+    if is_reusable:
+        idle = (sock, time.monotonic())
         _thread_local.idle_connections.by_endpoint[endpoint] = idle
+    else:
+        sock.close()
     return response
 
 
