@@ -56,7 +56,7 @@ some variables, such as SSL_CERT_FILE.
 """
 
 import argparse
-import base64
+import binascii
 import collections.abc
 import functools
 import http.client
@@ -574,16 +574,16 @@ def canonical_string(
 
 
 def _to_base64(data: bytes) -> str:
-    return base64.b64encode(data).decode()
+    return binascii.b2a_base64(data, newline=False).decode()
 
 
 def _from_base64(text: str) -> Optional[bytes]:
     """Return the bytes, or None if the text is not strictly base64."""
     try:
-        data = base64.b64decode(text)
+        data = binascii.a2b_base64(text)
     except ValueError:
         return None
-    # b64decode skips characters that are not base64. To detect that, encode
+    # a2b_base64 skips characters that are not base64. To detect that, encode
     # the data again and compare.
     return data if _to_base64(data) == text else None
 
