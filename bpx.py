@@ -117,9 +117,8 @@ MAX_IDLE = 15.0  # seconds after which an idle connection is not used again
 MAX_BODY = 16 * 1024 * 1024  # bytes of a response body, packed or unpacked
 
 # Error messages hide a text of this length or more, because it could be a
-# secret key. A key has 44 characters, and the last one is "=". If a key stands
-# where the command line expects name=text, it is split at this "=", and 43
-# characters remain.
+# secret key. A key has 44 characters, and the last one is "=". A key that is
+# typed in place of name=text is split at this "=", so 43 characters remain.
 _MIN_HIDDEN_LENGTH = 43
 
 # The parameters of a request: None, a mapping of names to values, or (for a
@@ -314,8 +313,8 @@ def _check_str(value: Any, place: str) -> None:
 #
 # First the parameters are normalized: they are converted to dict, list, str,
 # int and bool, and every None is left out. What is signed and what is sent
-# are both made from the normalized values, so they agree. (One exception: in
-# a JSON body, an empty list is sent, and adds nothing to the signed text.)
+# are both made from the normalized values, so they agree. (One
+# exception: an empty list is in a JSON body, but not in the signed text.)
 #
 # Subclasses of str, int and Decimal are converted to the plain type, because
 # a subclass may have another __str__. str.__str__(text) returns a plain str,
@@ -333,8 +332,8 @@ _JSON_ENCODER = json.JSONEncoder(
 def _normalize_params(params: Any) -> List[Dict[str, Any]]:
     """Return the normalized params as a list of mappings.
 
-    The list has one mapping for each order of a batch. Without a batch, it has
-    one mapping.
+    A batch gives one mapping for each order. Anything else gives a list of one
+    mapping.
     """
     try:
         if isinstance(params, (list, tuple)):
@@ -348,7 +347,8 @@ def _normalize_params(params: Any) -> List[Dict[str, Any]]:
     except RecursionError:  # Caught first: it is a subclass of RuntimeError.
         raise ValueError("params: pass fewer levels of nesting") from None
     except RuntimeError as error:
-        # Python raises it if another thread changes a dict while it is read.
+        # Another thread has changed a mapping while it was read. (This cannot
+        # happen to a plain dict, because _normalize_mapping copies it first.)
         raise ValueError(
             f"params: pass a copy that no other thread changes ({error})"
         ) from None
@@ -375,11 +375,12 @@ def _needs_no_conversion(mapping: Dict[Any, Any]) -> bool:
 def _normalize_mapping(mapping: Any, place: str) -> Dict[str, Any]:
     """Return the normalized names and values of a mapping."""
     if type(mapping) is dict:
-        # Another thread could change the dict of the caller.
-        snapshot = dict(mapping)
-        if _needs_no_conversion(snapshot):  # a shortcut for most mappings
-            return snapshot
-        mapping = snapshot
+        # Use a copy, because another thread could change the caller's dict.
+        # The shortcut makes signing faster. Most mappings can take it.
+        copy = dict(mapping)
+        if _needs_no_conversion(copy):
+            return copy
+        mapping = copy
     if not isinstance(mapping, collections.abc.Mapping):
         raise TypeError(
             f"{place}: pass a mapping of names to values, "
@@ -389,7 +390,7 @@ def _normalize_mapping(mapping: Any, place: str) -> Dict[str, Any]:
     for name, value in mapping.items():
         name = _normalize_name(name, place)
         value = _normalize_value(value, f"{place}.{_hide_long(name)}")
-        # A mapping that is not a dict may have a name twice.
+        # A custom mapping may have a name twice.
         if name in normalized:
             raise ValueError(f"{place}: pass each name only once")
         if value is not None:
@@ -486,7 +487,7 @@ def _name_value_pairs(mapping: Dict[str, Any]) -> List[Tuple[str, str]]:
         elif isinstance(value, list):
             # The exchange does not document how a list is signed. This
             # implementation assumes one pair for each item: a=1&a=2. Public
-            # queries repeat the name like this, and most clients sign it so.
+            # queries use this form, and most clients sign lists in this form.
             pairs.extend([(name, _value_text(item)) for item in value])
         else:
             pairs.append((name, _value_text(value)))
@@ -650,9 +651,9 @@ def sign_request(
     the last eight keys in memory. timestamp (by default now) and window are in
     milliseconds. For instruction and params, see canonical_string.
 
-    If you build the request yourself, send the values that were signed: for
-    example, a Decimal in the same notation, and no None. build_request does
-    this for you.
+    If you build the request yourself, send exactly what was signed: write a
+    Decimal without an exponent (0.00000001), and leave out None. build_request
+    does this for you.
 
     Raises TypeError or ValueError for arguments that cannot be signed, and
     for a bad secret_key. No error message contains secret_key. Raises
@@ -873,10 +874,10 @@ def build_request(
 # - follows redirects, and so could send the signature to another host,
 # - has no limit for the total time of a response.
 #
-# Each thread keeps one idle connection for each scheme, host and port, until
-# it is found too old or closed, or the thread ends. After any failure, a
-# connection is closed, because a late response could be taken for the response
-# to the next request.
+# Each thread keeps one idle connection for each scheme, host and port. It is
+# closed when the thread ends, or when the next request finds it too old or
+# spoilt. After any failure, a connection is closed too, because a late
+# response could be mistaken for the response to the next request.
 #
 # What is kept is the socket. http.client writes each request to it, and parses
 # each response from it.
@@ -902,8 +903,8 @@ class _ResponseStream(io.RawIOBase):
       timeout. (The timeout of a socket begins again with every read, so a
       slow server could make a response last forever.)
     - It raises EOFError if the server closes the connection. (Without this,
-      http.client would treat the close as the end of the headers, and accept
-      headers that are cut off.)
+      http.client would accept incomplete headers, because it treats the close
+      as their end.)
     """
 
     def __init__(self, sock: Any, timeout: float) -> None:
@@ -932,9 +933,11 @@ class _TimedResponse(http.client.HTTPResponse):
     """An HTTPResponse that reads from a _ResponseStream."""
 
     def __init__(self, sock: Any, method: str, timeout: float) -> None:
+        # debuglevel is the switch for the debugging output of http.client.
         debuglevel = http.client.HTTPConnection.debuglevel
         super().__init__(sock, debuglevel, method)
-        # HTTPResponse reads from its attribute fp. Replace it.
+        # Now self.fp is a stream of the socket, from which HTTPResponse reads.
+        # Use another one. To close fp does not close the socket.
         self.fp.close()
         self.stream = _ResponseStream(sock, timeout)
         self.fp = io.BufferedReader(self.stream)
@@ -1000,6 +1003,30 @@ def _open(connection: http.client.HTTPConnection) -> Any:
     return connection.sock
 
 
+def _ask_for_tunnel(
+    connection: http.client.HTTPConnection,
+    target: str,
+    proxy: _Proxy,
+    timeout: float,
+) -> None:
+    """Ask a proxy to pass on all following bytes to the target (HOST:PORT).
+
+    HTTPConnection.set_tunnel could do this, but it has no limit for the total
+    time of the response.
+    """
+    connection.putrequest(
+        "CONNECT", target, skip_host=True, skip_accept_encoding=True
+    )
+    connection.putheader("Host", target)
+    for name, value in proxy.headers.items():
+        connection.putheader(name, value)
+    connection.endheaders()
+    with _TimedResponse(connection.sock, "CONNECT", timeout) as response:
+        response.begin()  # receives the status and the headers
+    if response.status != 200:
+        raise OSError(f"the proxy has answered {response.status}")
+
+
 def _open_tunnel(
     request: Request, proxy: _Proxy, context: Any, timeout: float
 ) -> Any:
@@ -1009,18 +1036,7 @@ def _open_tunnel(
     connection = http.client.HTTPConnection(proxy.address, timeout=timeout)
     sock = _open(connection)
     try:
-        connection.putrequest(
-            "CONNECT", target, skip_host=True, skip_accept_encoding=True
-        )
-        connection.putheader("Host", target)
-        for name, value in proxy.headers.items():
-            connection.putheader(name, value)
-        connection.endheaders()
-        with _TimedResponse(sock, "CONNECT", timeout) as response:
-            response.begin()  # receives the status and the headers
-        if response.status != 200:
-            raise OSError(f"the proxy has answered {response.status}")
-        # Now the proxy passes on all bytes, so TLS begins with the host.
+        _ask_for_tunnel(connection, target, proxy, timeout)
         sock.settimeout(timeout)
         return context.wrap_socket(sock, server_hostname=url.hostname)
     except BaseException:
@@ -1122,9 +1138,10 @@ def _check_body_size(body: Union[bytes, bytearray]) -> None:
 
 
 def _check_response_headers(headers: http.client.HTTPMessage) -> None:
-    """Raise if the headers could mislead about where the body ends."""
+    """Raise if the headers leave it unclear where the body ends."""
     if headers.defects:
-        # http.client ignores all that follows a malformed header.
+        # http.client ignores what follows a malformed header, such as a
+        # Content-Length.
         raise http.client.HTTPException("a header is malformed")
     length_headers = headers.get_all("Content-Length", [])
     length_headers += headers.get_all("Transfer-Encoding", [])
@@ -1187,6 +1204,17 @@ def _read_body(response: _TimedResponse) -> bytes:
     return _unpack(raw_body)
 
 
+def _read_error_body(response: _TimedResponse) -> Optional[bytes]:
+    """Return the body of an error, or None if it cannot be read.
+
+    The status of an error is enough, so its body is not required.
+    """
+    try:
+        return _read_body(response)
+    except Exception:
+        return None
+
+
 def _receive(sock: Any, method: str, timeout: float) -> Tuple[Response, bool]:
     """Receive a response to a request with this method.
 
@@ -1199,19 +1227,20 @@ def _receive(sock: Any, method: str, timeout: float) -> Tuple[Response, bool]:
             raise http.client.HTTPException(
                 f"unexpected status {response.status}"
             )
-        # A server may send 408 to an idle connection just when this request
-        # is sent. Then the response to the request may still follow.
-        is_reusable = not response.will_close and response.status != 408
-        try:
-            body = _read_body(response)
-        except Exception:
-            if _is_success(response.status):
-                raise
-            # The status of an error is enough. But the rest of its body could
-            # be taken for the next response.
-            body = b""
-            is_reusable = False
-    return Response(response.status, response.headers, body), is_reusable
+        if _is_success(response.status):
+            body: Optional[bytes] = _read_body(response)
+        else:
+            body = _read_error_body(response)
+    # The rest of a body could be mistaken for the next response. And a 408 may
+    # be about the idle connection, and not about this request: then the
+    # response to the request may still follow.
+    is_reusable = (
+        not response.will_close and body is not None and response.status != 408
+    )
+    return (
+        Response(response.status, response.headers, body or b""),
+        is_reusable,
+    )
 
 
 def _send_and_receive(
@@ -1223,8 +1252,9 @@ def _send_and_receive(
         "Host": request.host,
         **request.headers,
     }
+    # The connection is only for writing the request to the socket.
     connection = http.client.HTTPConnection(request.host)
-    connection.sock = sock  # This connection is open, and uses this socket.
+    connection.sock = sock
     method = request.get_method()
     try:
         sock.settimeout(timeout)
@@ -1277,13 +1307,13 @@ def send(request: Request, *, timeout: float = DEFAULT_TIMEOUT) -> Response:
         raise NotSentError(request, _describe_error(error)) from error
     try:
         response, is_reusable = _send_and_receive(sock, request, timeout)
+        if is_reusable:
+            idle = (sock, time.monotonic())
+            _thread_local.idle_connections.by_endpoint[endpoint] = idle
+        else:
+            sock.close()
     except Exception as error:
         raise UnknownOutcomeError(request, _describe_error(error)) from error
-    if is_reusable:
-        idle = (sock, time.monotonic())
-        _thread_local.idle_connections.by_endpoint[endpoint] = idle
-    else:
-        sock.close()
     return response
 
 
@@ -1306,8 +1336,8 @@ def _decode_or_raise(request: Request, response: Response) -> Any:
     try:
         body = _decode(response.body)
     except Exception as error:  # such as MemoryError
-        # request() promises that after an Exception that is not a BPXError
-        # nothing was sent. Here the request was sent, so raise a BPXError.
+        # request() promises: any Exception other than a BPXError means that
+        # nothing was sent. But the request was sent.
         raise UnknownOutcomeError(request, _describe_error(error)) from error
     if not _is_success(response.status):
         raise APIError(request, response.status, body, response.headers)
@@ -1455,8 +1485,7 @@ def _make_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("method", metavar="METHOD", type=str.upper, help="such as GET")
     add("path", metavar="PATH", help="such as /api/v1/order")
-    # Without default=[], argparse treats a "*" argument as required, and lists
-    # it in the error about a missing PATH.
+    # default=[] keeps name=text out of the error about a missing PATH.
     add(
         "pairs", metavar="name=text", nargs="*", default=[], help="a parameter"
     )
