@@ -117,8 +117,8 @@ MAX_IDLE = 15.0  # seconds after which an idle connection is not used again
 MAX_BODY = 16 * 1024 * 1024  # bytes of a response body, packed or unpacked
 
 # Error messages hide a text of this length or more, because it could be a
-# secret key. A key has 44 characters, and the last one is "=". A key that is
-# typed in place of name=text is split at this "=", so 43 characters remain.
+# secret key. A key has 44 characters, and the last one is "=". If it is typed
+# on the command line, where name=text is split at "=", 43 characters remain.
 _MIN_HIDDEN_LENGTH = 43
 
 # The parameters of a request: None, a mapping of names to values, or (for a
@@ -214,7 +214,7 @@ class BPXError(Exception):
 
 
 class APIError(BPXError):
-    """The response has a status that is not a success: 300 or higher.
+    """The response has the status 300 or higher.
 
     status is an int, body is the decoded body, and headers are those of the
     response. If body is a dict, code and message are taken from it. Otherwise,
@@ -312,18 +312,18 @@ def _check_str(value: Any, place: str) -> None:
 # --- 1. Canonical string: needs no key and no clock ---
 #
 # First the parameters are normalized: they are converted to dict, list, str,
-# int and bool, and every None is left out. What is signed and what is sent
-# are both made from the normalized values, so they agree. (One
+# int and bool, and every None is left out. The signed text and the request
+# that is sent are both made from the normalized values, so they agree. (One
 # exception: an empty list is in a JSON body, but not in the signed text.)
 #
 # Subclasses of str, int and Decimal are converted to the plain type, because
 # a subclass may have another __str__. str.__str__(text) returns a plain str,
 # and int.__int__(value) a plain int, whatever methods the subclass has.
 #
-# The argument place says where a value is, for example params[0].price. Error
-# messages begin with it.
+# Many functions have an argument named place. It says where a value is, for
+# example params[0].price. Error messages begin with it.
 
-# Makes the JSON of a body, and of a mapping within the canonical string.
+# Encodes the body, and a mapping that is a value in the canonical string.
 _JSON_ENCODER = json.JSONEncoder(
     ensure_ascii=False, separators=(",", ":"), sort_keys=True
 )
@@ -332,8 +332,8 @@ _JSON_ENCODER = json.JSONEncoder(
 def _normalize_params(params: Any) -> List[Dict[str, Any]]:
     """Return the normalized params as a list of mappings.
 
-    A batch gives one mapping for each order. Anything else gives a list of one
-    mapping.
+    A batch gives one mapping for each order. Otherwise, the list has exactly
+    one mapping.
     """
     try:
         if isinstance(params, (list, tuple)):
@@ -361,7 +361,8 @@ def _needs_no_conversion(mapping: Dict[Any, Any]) -> bool:
     """Return True for a mapping of ASCII text, integers and booleans."""
     for name, value in mapping.items():
         # type() and not isinstance(), because a subclass needs conversion.
-        # ASCII only, because other text could have surrogates.
+        # ASCII only, because other text could have surrogates, which UTF-8
+        # cannot encode.
         if type(name) is not str or not name.isascii():
             return False
         if type(value) is str:
@@ -376,8 +377,8 @@ def _normalize_mapping(mapping: Any, place: str) -> Dict[str, Any]:
     """Return the normalized names and values of a mapping."""
     if type(mapping) is dict:
         # Use a copy, because another thread could change the caller's dict.
-        # The shortcut makes signing faster. Most mappings can take it.
         copy = dict(mapping)
+        # A shortcut, for speed. Most mappings need no conversion.
         if _needs_no_conversion(copy):
             return copy
         mapping = copy
@@ -390,7 +391,7 @@ def _normalize_mapping(mapping: Any, place: str) -> Dict[str, Any]:
     for name, value in mapping.items():
         name = _normalize_name(name, place)
         value = _normalize_value(value, f"{place}.{_hide_long(name)}")
-        # A custom mapping may have a name twice.
+        # items() of a custom mapping may return a name twice.
         if name in normalized:
             raise ValueError(f"{place}: pass each name only once")
         if value is not None:
@@ -532,7 +533,7 @@ def _make_canonical_string(
             f"not {_describe_value(window)}"
         )
     # instruction=<instruction>&<name>=<value>&...&timestamp=<ms>&window=<ms>
-    # In a batch, the part before timestamp is repeated for each order.
+    # In a batch, instruction and parameters are repeated for each order.
     parts = []
     for mapping in mappings:
         parts.append(f"instruction={instruction}")
@@ -589,7 +590,7 @@ def _from_base64(text: str) -> Optional[bytes]:
     return data if _to_base64(data) == text else None
 
 
-# Keeps the last eight keys, because loading one takes as long as signing.
+# Cached, because loading a key takes as long as signing.
 @functools.lru_cache(maxsize=8)
 def _load_key(secret_key: str) -> Tuple[Any, str]:
     """Return the nacl.signing.SigningKey and the API key of a secret key."""
@@ -805,8 +806,8 @@ def _check_key_use(
 def _query_string(params_to_send: Any) -> str:
     """Return "?" and the query of a GET, or "" if there are no parameters.
 
-    params_to_send is the normalized params. Raise for what a query cannot
-    hold: a batch (a list of mappings), or a mapping as a value.
+    params_to_send is the normalized params. Raise TypeError for a batch (a
+    list of mappings) or a mapping as a value: a query cannot hold them.
     """
     if isinstance(params_to_send, list):
         raise TypeError("params: pass one mapping to GET, not a batch")
@@ -836,11 +837,12 @@ def build_request(
 ) -> Request:
     """Return the whole request: its method, URL, headers and body.
 
-    GET sends params in its query, every other method in a JSON body. The
-    request is signed if instruction is passed, or found in INSTRUCTIONS; then
-    secret_key is required. Otherwise it is public: secret_key must be None,
-    and timestamp and window are not used. base_url is https, or http to
-    localhost. headers are additional headers, which are not signed.
+    GET sends params in its query, every other method in a JSON body. If
+    instruction is passed, or INSTRUCTIONS has one for method and path, the
+    request is signed, and secret_key is required. Otherwise it is public:
+    secret_key must be None, and timestamp and window are not used. base_url is
+    https, or http to localhost. headers are additional headers, which are not
+    signed.
     Raises TypeError or ValueError for bad arguments, and ImportError if
     PyNaCl is needed and not installed.
     """
@@ -876,11 +878,11 @@ def build_request(
 #
 # Each thread keeps one idle connection for each scheme, host and port. It is
 # closed when the thread ends, or when the next request finds it too old or
-# spoilt. After any failure, a connection is closed too, because a late
+# stale. After any failure, a connection is closed too, because a late
 # response could be mistaken for the response to the next request.
 #
-# What is kept is the socket. http.client writes each request to it, and parses
-# each response from it.
+# Only the socket is kept. For each request and response, a new object of
+# http.client is made around it.
 
 
 class Response(NamedTuple):
@@ -902,9 +904,8 @@ class _ResponseStream(io.RawIOBase):
     - It raises TimeoutError if the whole response takes longer than the
       timeout. (The timeout of a socket begins again with every read, so a
       slow server could make a response last forever.)
-    - It raises EOFError if the server closes the connection. (Without this,
-      http.client would accept incomplete headers, because it treats the close
-      as their end.)
+    - It raises EOFError if the server closes the connection. (If this happens
+      within the headers, http.client alone would treat them as complete.)
     """
 
     def __init__(self, sock: Any, timeout: float) -> None:
@@ -933,11 +934,11 @@ class _TimedResponse(http.client.HTTPResponse):
     """An HTTPResponse that reads from a _ResponseStream."""
 
     def __init__(self, sock: Any, method: str, timeout: float) -> None:
-        # debuglevel is the switch for the debugging output of http.client.
+        # Pass on debuglevel, for the debugging output of http.client.
         debuglevel = http.client.HTTPConnection.debuglevel
         super().__init__(sock, debuglevel, method)
-        # Now self.fp is a stream of the socket, from which HTTPResponse reads.
-        # Use another one. To close fp does not close the socket.
+        # HTTPResponse reads from self.fp, a stream of the socket. Replace it.
+        # When such a stream is closed, the socket stays open.
         self.fp.close()
         self.stream = _ResponseStream(sock, timeout)
         self.fp = io.BufferedReader(self.stream)
@@ -1014,6 +1015,7 @@ def _ask_for_tunnel(
     HTTPConnection.set_tunnel could do this, but it has no limit for the total
     time of the response.
     """
+    # skip_host, because Host must be the target, and not the proxy.
     connection.putrequest(
         "CONNECT", target, skip_host=True, skip_accept_encoding=True
     )
@@ -1021,6 +1023,8 @@ def _ask_for_tunnel(
     for name, value in proxy.headers.items():
         connection.putheader(name, value)
     connection.endheaders()
+    # No byte of TLS is lost with the response, because the client of TLS is
+    # the first to send.
     with _TimedResponse(connection.sock, "CONNECT", timeout) as response:
         response.begin()  # receives the status and the headers
     if response.status != 200:
@@ -1037,7 +1041,7 @@ def _open_tunnel(
     sock = _open(connection)
     try:
         _ask_for_tunnel(connection, target, proxy, timeout)
-        sock.settimeout(timeout)
+        sock.settimeout(timeout)  # _ResponseStream has changed it.
         return context.wrap_socket(sock, server_hostname=url.hostname)
     except BaseException:
         sock.close()
@@ -1046,7 +1050,8 @@ def _open_tunnel(
 
 def _connect(request: Request, timeout: float) -> Any:
     """Return a socket that is connected to the host of a request."""
-    if request.type == "http":  # to this machine, so without TLS and proxy
+    # build_request allows http only to this machine: without TLS and proxy.
+    if request.type == "http":
         return _open(http.client.HTTPConnection(request.host, timeout=timeout))
     context = _tls_context()
     proxy = _find_proxy(request.host)
@@ -1067,8 +1072,8 @@ class _IdleConnections:
     """
 
     def __init__(self) -> None:
-        # Maps an endpoint (process id, scheme, host and port) to a socket and
-        # to time.monotonic() at the end of its last response.
+        # endpoint -> (socket, time.monotonic() when its last response ended).
+        # An endpoint is (process id, scheme, host and port).
         self.by_endpoint: Dict[Any, Tuple[Any, float]] = {}
 
     def __del__(self) -> None:
@@ -1140,8 +1145,8 @@ def _check_body_size(body: Union[bytes, bytearray]) -> None:
 def _check_response_headers(headers: http.client.HTTPMessage) -> None:
     """Raise if the headers leave it unclear where the body ends."""
     if headers.defects:
-        # http.client ignores what follows a malformed header, such as a
-        # Content-Length.
+        # http.client ignores all headers after a malformed one. A
+        # Content-Length could be among them.
         raise http.client.HTTPException("a header is malformed")
     length_headers = headers.get_all("Content-Length", [])
     length_headers += headers.get_all("Transfer-Encoding", [])
@@ -1154,15 +1159,19 @@ def _check_response_headers(headers: http.client.HTTPMessage) -> None:
 def _read_raw_body(response: _TimedResponse) -> bytes:
     """Return the body as it was received, perhaps compressed."""
     _check_response_headers(response.headers)
+    # length is None without a Content-Length, and 0 for a status such as 204.
     is_end_known = response.chunked or response.length is not None
     if not is_end_known:
         # The body ends when the server closes the connection, so it could be
-        # incomplete. Accept that for an error, but not for a success.
+        # incomplete. This is accepted for an error, but not for a success.
         if _is_success(response.status):
             raise http.client.HTTPException(
                 "without a Content-Length, the body could be incomplete"
             )
         response.stream.may_end_with_close = True
+    # read1 returns b"" at the end: after Content-Length bytes, after the last
+    # chunk or, if may_end_with_close is set, at the close. A close before that
+    # raises EOFError in _ResponseStream.
     body = bytearray()
     while True:
         part = response.read1(65536)
@@ -1174,11 +1183,10 @@ def _read_raw_body(response: _TimedResponse) -> bytes:
 
 
 def _unpack(data: bytes) -> bytes:
-    """Unpack gzip data of one member. (Servers do not send several.)"""
+    """Unpack one gzip stream. (Servers do not send several in one body.)"""
     gzip_format = 16 + zlib.MAX_WBITS  # Adding 16 selects the gzip format.
     decompressor = zlib.decompressobj(gzip_format)
-    # Unpack at most one byte more than is allowed: if this byte exists,
-    # _check_body_size raises an error.
+    # Stop one byte after MAX_BODY. Then _check_body_size refuses the body.
     body = decompressor.decompress(data, MAX_BODY + 1)
     _check_body_size(body)
     if not decompressor.eof or decompressor.unused_data:
@@ -1231,12 +1239,13 @@ def _receive(sock: Any, method: str, timeout: float) -> Tuple[Response, bool]:
             body: Optional[bytes] = _read_body(response)
         else:
             body = _read_error_body(response)
-    # The rest of a body could be mistaken for the next response. And a 408 may
-    # be about the idle connection, and not about this request: then the
-    # response to the request may still follow.
-    is_reusable = (
-        not response.will_close and body is not None and response.status != 408
-    )
+    stays_open = not response.will_close
+    # The rest of a body could be mistaken for the next response.
+    was_read = body is not None
+    # A 408 may mean that the idle connection timed out just before the request
+    # was sent. Then the response to the request may still come.
+    is_timeout = response.status == 408
+    is_reusable = stays_open and was_read and not is_timeout
     return (
         Response(response.status, response.headers, body or b""),
         is_reusable,
@@ -1252,7 +1261,8 @@ def _send_and_receive(
         "Host": request.host,
         **request.headers,
     }
-    # The connection is only for writing the request to the socket.
+    # This object is thrown away. It only writes the request to the socket: it
+    # does not connect, because its sock is set.
     connection = http.client.HTTPConnection(request.host)
     connection.sock = sock
     method = request.get_method()
@@ -1336,8 +1346,8 @@ def _decode_or_raise(request: Request, response: Response) -> Any:
     try:
         body = _decode(response.body)
     except Exception as error:  # such as MemoryError
-        # request() promises: any Exception other than a BPXError means that
-        # nothing was sent. But the request was sent.
+        # The request was sent, so raise a BPXError: any other Exception of
+        # request() means that nothing was sent.
         raise UnknownOutcomeError(request, _describe_error(error)) from error
     if not _is_success(response.status):
         raise APIError(request, response.status, body, response.headers)
@@ -1485,7 +1495,8 @@ def _make_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("method", metavar="METHOD", type=str.upper, help="such as GET")
     add("path", metavar="PATH", help="such as /api/v1/order")
-    # default=[] keeps name=text out of the error about a missing PATH.
+    # Without default=[], argparse would report name=text as missing too, when
+    # only PATH is missing.
     add(
         "pairs", metavar="name=text", nargs="*", default=[], help="a parameter"
     )
@@ -1566,11 +1577,11 @@ def _parse_json(source: str, text: Union[str, bytes]) -> Any:
 def _parse_pair(pair: str) -> Tuple[str, Any]:
     """Return the name and the value of name=text or name:=json."""
     name, separator, text = pair.partition("=")
-    is_json = name.endswith(":")  # "a:=1" gives the name "a:"
+    is_json = name.endswith(":")  # "a:=1" is split into "a:" and "1"
     if is_json:
         name = name[:-1]
-    # A secret key that is passed here by mistake ends with "=", so it gives a
-    # name of 43 characters and an empty text. Refuse it; it must not be sent.
+    # A secret key that is passed here by mistake is split into a name of 43
+    # characters and an empty text. Refuse such a name: it must not be sent.
     is_perhaps_key = len(name) >= _MIN_HIDDEN_LENGTH
     if not name or not separator or is_perhaps_key:
         raise ValueError(
