@@ -117,8 +117,8 @@ MAX_IDLE = 15.0  # seconds after which an idle connection is not used again
 MAX_BODY = 16 * 1024 * 1024  # bytes of a response body, packed or unpacked
 
 # Error messages hide a text of this length or more, because it could be a
-# secret key. A key has 44 characters, and the last one is "=". If it is typed
-# on the command line, where name=text is split at "=", 43 characters remain.
+# secret key: 43 characters and a final "=". The command line splits name=text
+# at "=", so that only 43 characters of a key are left there.
 _MIN_HIDDEN_LENGTH = 43
 
 # The parameters of a request: None, a mapping of names to values, or (for a
@@ -347,8 +347,8 @@ def _normalize_params(params: Any) -> List[Dict[str, Any]]:
     except RecursionError:  # Caught first: it is a subclass of RuntimeError.
         raise ValueError("params: pass fewer levels of nesting") from None
     except RuntimeError as error:
-        # Another thread has changed a mapping while it was read. (This cannot
-        # happen to a plain dict, because _normalize_mapping copies it first.)
+        # Another thread has changed a mapping while it was read. (Only custom
+        # mappings get here, because plain dicts are copied first.)
         raise ValueError(
             f"params: pass a copy that no other thread changes ({error})"
         ) from None
@@ -652,9 +652,9 @@ def sign_request(
     the last eight keys in memory. timestamp (by default now) and window are in
     milliseconds. For instruction and params, see canonical_string.
 
-    If you build the request yourself, send exactly what was signed: write a
-    Decimal without an exponent (0.00000001), and leave out None. build_request
-    does this for you.
+    If you build the request yourself, send the values that were signed: for a
+    Decimal, 0.00000001 and not 1E-8, and no parameter that is None.
+    build_request does this for you.
 
     Raises TypeError or ValueError for arguments that cannot be signed, and
     for a bad secret_key. No error message contains secret_key. Raises
@@ -904,8 +904,8 @@ class _ResponseStream(io.RawIOBase):
     - It raises TimeoutError if the whole response takes longer than the
       timeout. (The timeout of a socket begins again with every read, so a
       slow server could make a response last forever.)
-    - It raises EOFError if the server closes the connection. (If this happens
-      within the headers, http.client alone would treat them as complete.)
+    - It raises EOFError if the server closes the connection. (http.client
+      alone would accept headers that are cut off.)
     """
 
     def __init__(self, sock: Any, timeout: float) -> None:
@@ -937,14 +937,14 @@ class _TimedResponse(http.client.HTTPResponse):
         # Pass on debuglevel, for the debugging output of http.client.
         debuglevel = http.client.HTTPConnection.debuglevel
         super().__init__(sock, debuglevel, method)
-        # HTTPResponse reads from self.fp, a stream of the socket. Replace it.
-        # When such a stream is closed, the socket stays open.
+        # HTTPResponse reads from self.fp, a stream of the socket that it has
+        # opened. Use ours instead. Closing a stream does not close the socket.
         self.fp.close()
         self.stream = _ResponseStream(sock, timeout)
         self.fp = io.BufferedReader(self.stream)
 
 
-@functools.lru_cache(maxsize=None)  # because loading certificates takes long
+@functools.lru_cache()  # because loading certificates takes long
 def _tls_context() -> Any:
     """Return the ssl.SSLContext for all connections."""
     import ssl  # Imported here, because some Pythons are built without it.
@@ -1023,8 +1023,9 @@ def _ask_for_tunnel(
     for name, value in proxy.headers.items():
         connection.putheader(name, value)
     connection.endheaders()
-    # No byte of TLS is lost with the response, because the client of TLS is
-    # the first to send.
+    # BufferedReader may read more than the headers, and then the rest is lost.
+    # But there is no rest: after the headers, the proxy sends nothing until
+    # TLS begins.
     with _TimedResponse(connection.sock, "CONNECT", timeout) as response:
         response.begin()  # receives the status and the headers
     if response.status != 200:
@@ -1102,8 +1103,8 @@ def _is_stale(sock: Any) -> bool:
     read, the server has closed it, or has sent bytes that answer no request.
     A connection that cannot be checked is not used either.
     """
-    # A TLS socket may already have received bytes. They are pending in its
-    # memory, where a selector does not look.
+    # A TLS socket may hold bytes that it has received and decrypted. A
+    # selector does not see them.
     if hasattr(sock, "pending") and sock.pending():
         return True
     try:
@@ -1144,7 +1145,7 @@ def _check_body_size(body: Union[bytes, bytearray]) -> None:
 
 def _check_response_headers(headers: http.client.HTTPMessage) -> None:
     """Raise if the headers leave it unclear where the body ends."""
-    if headers.defects:
+    if headers.defects or headers.get_payload():
         # http.client ignores all headers after a malformed one. A
         # Content-Length could be among them.
         raise http.client.HTTPException("a header is malformed")
@@ -1156,24 +1157,30 @@ def _check_response_headers(headers: http.client.HTTPMessage) -> None:
         )
 
 
+def _allow_end_with_close(response: _TimedResponse) -> None:
+    """Prepare to read a body that ends when the server closes the connection.
+
+    Such a body could be cut off. This is accepted for an error, but not for a
+    success.
+    """
+    if _is_success(response.status):
+        raise http.client.HTTPException(
+            "without a Content-Length, the body could be incomplete"
+        )
+    response.stream.may_end_with_close = True
+
+
 def _read_raw_body(response: _TimedResponse) -> bytes:
     """Return the body as it was received, perhaps compressed."""
     _check_response_headers(response.headers)
     # length is None without a Content-Length, and 0 for a status such as 204.
     is_end_known = response.chunked or response.length is not None
     if not is_end_known:
-        # The body ends when the server closes the connection, so it could be
-        # incomplete. This is accepted for an error, but not for a success.
-        if _is_success(response.status):
-            raise http.client.HTTPException(
-                "without a Content-Length, the body could be incomplete"
-            )
-        response.stream.may_end_with_close = True
-    # read1 returns b"" at the end: after Content-Length bytes, after the last
-    # chunk or, if may_end_with_close is set, at the close. A close before that
-    # raises EOFError in _ResponseStream.
+        _allow_end_with_close(response)
     body = bytearray()
     while True:
+        # Returns b"" at the end. If the server closes the connection before
+        # that, _ResponseStream raises EOFError.
         part = response.read1(65536)
         if not part:
             break
@@ -1186,7 +1193,7 @@ def _unpack(data: bytes) -> bytes:
     """Unpack one gzip stream. (Servers do not send several in one body.)"""
     gzip_format = 16 + zlib.MAX_WBITS  # Adding 16 selects the gzip format.
     decompressor = zlib.decompressobj(gzip_format)
-    # Stop one byte after MAX_BODY. Then _check_body_size refuses the body.
+    # MAX_BODY + 1 bytes are enough for _check_body_size to refuse the body.
     body = decompressor.decompress(data, MAX_BODY + 1)
     _check_body_size(body)
     if not decompressor.eof or decompressor.unused_data:
@@ -1223,10 +1230,24 @@ def _read_error_body(response: _TimedResponse) -> Optional[bytes]:
         return None
 
 
+def _is_reusable(response: _TimedResponse, body: Optional[bytes]) -> bool:
+    """Return whether the connection can be used for another request."""
+    if response.will_close:
+        return False
+    if body is None:
+        # The rest of the body could be mistaken for the next response.
+        return False
+    if response.status == 408:
+        # The server may have sent it because the connection was idle, before
+        # it saw this request. Then the real response could still follow.
+        return False
+    return True
+
+
 def _receive(sock: Any, method: str, timeout: float) -> Tuple[Response, bool]:
     """Receive a response to a request with this method.
 
-    Return it, and whether the connection can be used again.
+    Return it, and whether the connection can be used for another request.
     """
     with _TimedResponse(sock, method, timeout) as response:
         response.begin()  # receives the status and the headers
@@ -1239,34 +1260,25 @@ def _receive(sock: Any, method: str, timeout: float) -> Tuple[Response, bool]:
             body: Optional[bytes] = _read_body(response)
         else:
             body = _read_error_body(response)
-    stays_open = not response.will_close
-    # The rest of a body could be mistaken for the next response.
-    was_read = body is not None
-    # A 408 may mean that the idle connection timed out just before the request
-    # was sent. Then the response to the request may still come.
-    is_timeout = response.status == 408
-    is_reusable = stays_open and was_read and not is_timeout
-    return (
-        Response(response.status, response.headers, body or b""),
-        is_reusable,
-    )
+    result = Response(response.status, response.headers, body or b"")
+    return result, _is_reusable(response, body)
 
 
 def _send_and_receive(
     sock: Any, request: Request, timeout: float
 ) -> Tuple[Response, bool]:
     """Send a request once, and return what _receive returns."""
-    headers = {
-        "Accept-Encoding": "gzip" if _HAS_ZLIB else "identity",
-        "Host": request.host,
-        **request.headers,
-    }
-    # This object is thrown away. It only writes the request to the socket: it
-    # does not connect, because its sock is set.
-    connection = http.client.HTTPConnection(request.host)
-    connection.sock = sock
-    method = request.get_method()
     try:
+        headers = {
+            "Accept-Encoding": "gzip" if _HAS_ZLIB else "identity",
+            "Host": request.host,
+            **request.headers,
+        }
+        # This object is thrown away. It only writes the request to the socket:
+        # it does not connect, because its sock is set.
+        connection = http.client.HTTPConnection(request.host)
+        connection.sock = sock
+        method = request.get_method()
         sock.settimeout(timeout)
         connection.request(method, request.selector, request.data, headers)
         return _receive(sock, method, timeout)
@@ -1302,8 +1314,9 @@ def send(request: Request, *, timeout: float = DEFAULT_TIMEOUT) -> Response:
     Looking up the addresses of the host has no timeout.
 
     Raises NotSentError or UnknownOutcomeError. Raises ValueError if timeout
-    is not a number above 0 and up to 86400 (a day). A KeyboardInterrupt is
-    raised as it is; the request may have been executed even then.
+    is not a number above 0 and up to 86400 (a day). A KeyboardInterrupt, or an
+    error that a signal handler raises, is raised as it is; the request may
+    have been executed even then.
     """
     _check_timeout(timeout)
     # The process id is included, so that a forked child does not use the
@@ -1346,8 +1359,8 @@ def _decode_or_raise(request: Request, response: Response) -> Any:
     try:
         body = _decode(response.body)
     except Exception as error:  # such as MemoryError
-        # The request was sent, so raise a BPXError: any other Exception of
-        # request() means that nothing was sent.
+        # request() promises: an Exception that is not a BPXError means that
+        # nothing was sent. So raise a BPXError here.
         raise UnknownOutcomeError(request, _describe_error(error)) from error
     if not _is_success(response.status):
         raise APIError(request, response.status, body, response.headers)
