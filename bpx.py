@@ -803,23 +803,18 @@ def _check_key_use(
         )
 
 
-def _query_string(params_to_send: Any) -> str:
-    """Return "?" and the query of a GET, or "" if there are no parameters.
-
-    params_to_send is the normalized params. Raise TypeError for a batch (a
-    list of mappings) or a mapping as a value: a query cannot hold them.
-    """
-    if isinstance(params_to_send, list):
-        raise TypeError("params: pass one mapping to GET, not a batch")
-    for name, value in params_to_send.items():
+def _query_string(mapping: Dict[str, Any]) -> str:
+    """Return "?" and the query, or "" if there are no parameters."""
+    for name, value in mapping.items():
         if isinstance(value, dict):
             raise TypeError(
                 f"params.{_hide_long(name)}: pass a single value, not a "
                 "mapping, because GET sends it in a query"
             )
-    pairs = _name_value_pairs(params_to_send)
+    pairs = _name_value_pairs(mapping)
     if not pairs:
         return ""
+    # quote_via, so that a space is sent as %20, and not as a plus sign.
     return "?" + urllib.parse.urlencode(pairs, quote_via=urllib.parse.quote)
 
 
@@ -858,12 +853,14 @@ def build_request(
         all_headers.update(
             _sign(instruction, mappings, secret_key, timestamp, window)
         )
-    # A batch is sent as a list, even if it has only one order.
     is_batch = isinstance(params, (list, tuple))
-    params_to_send: Any = mappings if is_batch else mappings[0]
     if method == "GET":
-        url += _query_string(params_to_send)
+        if is_batch:
+            raise TypeError("params: pass one mapping to GET, not a batch")
+        url += _query_string(mappings[0])
         return Request(url, headers=all_headers, method=method)
+    # A batch is sent as a list, even if it has only one order.
+    params_to_send: Any = mappings if is_batch else mappings[0]
     all_headers["Content-Type"] = "application/json; charset=utf-8"
     json_text = _JSON_ENCODER.encode(params_to_send)  # "{}" without params
     return Request(url, json_text.encode(), all_headers, method=method)
