@@ -117,8 +117,8 @@ MAX_IDLE = 15.0  # seconds after which an idle connection is not used again
 MAX_BODY = 16 * 1024 * 1024  # bytes of a response body, packed or unpacked
 
 # Error messages hide a text of this length or more, because it could be a
-# secret key: 43 characters and a final "=". The command line splits name=text
-# at "=", so that only 43 characters of a key are left there.
+# secret key. A key has 44 characters, and the last one is "=". The command
+# line splits name=text at "=", so there a key has only 43 characters.
 _MIN_HIDDEN_LENGTH = 43
 
 # The parameters of a request: None, a mapping of names to values, or (for a
@@ -908,8 +908,8 @@ class _ResponseStream(io.RawIOBase):
     def __init__(self, sock: Any, timeout: float) -> None:
         self._sock = sock
         self._deadline = time.monotonic() + timeout
-        # _read_raw_body sets this to True for a body without a known length.
-        # Such a body ends when the server closes the connection.
+        # Is True for a body that ends when the server closes the connection
+        # (set by _allow_end_with_close).
         self.may_end_with_close = False
 
     def readable(self) -> bool:  # BufferedReader calls it.
@@ -934,8 +934,8 @@ class _TimedResponse(http.client.HTTPResponse):
         # Pass on debuglevel, for the debugging output of http.client.
         debuglevel = http.client.HTTPConnection.debuglevel
         super().__init__(sock, debuglevel, method)
-        # HTTPResponse reads from self.fp, a stream of the socket that it has
-        # opened. Use ours instead. Closing a stream does not close the socket.
+        # HTTPResponse has opened self.fp with sock.makefile(), to read from it.
+        # Replace it by our stream. Closing either of them leaves sock open.
         self.fp.close()
         self.stream = _ResponseStream(sock, timeout)
         self.fp = io.BufferedReader(self.stream)
@@ -1020,9 +1020,9 @@ def _ask_for_tunnel(
     for name, value in proxy.headers.items():
         connection.putheader(name, value)
     connection.endheaders()
-    # BufferedReader may read more than the headers, and then the rest is lost.
-    # But there is no rest: after the headers, the proxy sends nothing until
-    # TLS begins.
+    # The BufferedReader of the response could read beyond the headers, and
+    # those bytes would be lost. This does not happen here: in TLS the client
+    # speaks first, so the proxy sends nothing more until TLS begins.
     with _TimedResponse(connection.sock, "CONNECT", timeout) as response:
         response.begin()  # receives the status and the headers
     if response.status != 200:
@@ -1143,8 +1143,9 @@ def _check_body_size(body: Union[bytes, bytearray]) -> None:
 def _check_response_headers(headers: http.client.HTTPMessage) -> None:
     """Raise if the headers leave it unclear where the body ends."""
     if headers.defects or headers.get_payload():
-        # http.client ignores all headers after a malformed one. A
-        # Content-Length could be among them.
+        # http.client parses headers like those of an e-mail. At a malformed
+        # line, the parser stops: it notes a defect, or takes the other lines
+        # for a payload. A Content-Length could be among those lines.
         raise http.client.HTTPException("a header is malformed")
     length_headers = headers.get_all("Content-Length", [])
     length_headers += headers.get_all("Transfer-Encoding", [])
@@ -1155,10 +1156,10 @@ def _check_response_headers(headers: http.client.HTTPMessage) -> None:
 
 
 def _allow_end_with_close(response: _TimedResponse) -> None:
-    """Prepare to read a body that ends when the server closes the connection.
+    """Accept a body that ends when the server closes the connection.
 
-    Such a body could be cut off. This is accepted for an error, but not for a
-    success.
+    Such a body could be cut off. So accept it only for an error, and raise for
+    a success.
     """
     if _is_success(response.status):
         raise http.client.HTTPException(
@@ -1235,8 +1236,8 @@ def _is_reusable(response: _TimedResponse, body: Optional[bytes]) -> bool:
         # The rest of the body could be mistaken for the next response.
         return False
     if response.status == 408:
-        # The server may have sent it because the connection was idle, before
-        # it saw this request. Then the real response could still follow.
+        # A server can send 408 to close an idle connection. Then it does not
+        # answer this request, and the real response may still follow.
         return False
     return True
 
@@ -1311,9 +1312,8 @@ def send(request: Request, *, timeout: float = DEFAULT_TIMEOUT) -> Response:
     Looking up the addresses of the host has no timeout.
 
     Raises NotSentError or UnknownOutcomeError. Raises ValueError if timeout
-    is not a number above 0 and up to 86400 (a day). A KeyboardInterrupt, or an
-    error that a signal handler raises, is raised as it is; the request may
-    have been executed even then.
+    is not a number above 0 and up to 86400 (a day). A KeyboardInterrupt is
+    raised as it is; the request may have been executed even then.
     """
     _check_timeout(timeout)
     # The process id is included, so that a forked child does not use the
