@@ -116,9 +116,9 @@ DEFAULT_TIMEOUT = 10.0  # seconds for each step of a request (see send)
 MAX_IDLE = 15.0  # seconds after which an idle connection is not used again
 MAX_BODY = 16 * 1024 * 1024  # bytes of a response body, packed or unpacked
 
-# Error messages hide a text of this length or more, because it could be a
-# secret key. A key has 44 characters, and the last one is "=". The command
-# line splits name=text at "=", so there a key has only 43 characters.
+# A secret key has 44 characters, and the last one is "=". The command line
+# splits name=text at "=", so a key that is passed there leaves 43 characters.
+# Error messages hide every text that is so long.
 _MIN_HIDDEN_LENGTH = 43
 
 # The parameters of a request: None, a mapping of names to values, or (for a
@@ -196,7 +196,8 @@ class BPXError(Exception):
     reason is a str that says what went wrong. If outcome_unknown is True, the
     exchange may have executed the request although there was an error: see
     UnknownOutcomeError before you repeat an order. The headers of a signed
-    request hold its signature: do not log them while it is valid.
+    request hold its signature: do not log them before timestamp + window has
+    passed.
     """
 
     outcome_unknown = False
@@ -317,13 +318,13 @@ def _check_str(value: Any, place: str) -> None:
 # exception: an empty list is in a JSON body, but not in the signed text.)
 #
 # Subclasses of str, int and Decimal are converted to the plain type, because
-# a subclass may have another __str__. str.__str__(text) returns a plain str,
-# and int.__int__(value) a plain int, whatever methods the subclass has.
+# a subclass may have another __str__. str.__str__(text) and int.__int__(value)
+# give a plain value, even if the subclass overrides these methods.
 #
 # Many functions have an argument named place. It says where a value is, for
 # example params[0].price. Error messages begin with it.
 
-# Encodes the body, and a mapping that is a value in the canonical string.
+# For the JSON body, and for a mapping that is a value in the canonical string.
 _JSON_ENCODER = json.JSONEncoder(
     ensure_ascii=False, separators=(",", ":"), sort_keys=True
 )
@@ -332,8 +333,8 @@ _JSON_ENCODER = json.JSONEncoder(
 def _normalize_params(params: Any) -> List[Dict[str, Any]]:
     """Return the normalized params as a list of mappings.
 
-    A batch gives one mapping for each order. Otherwise, the list has exactly
-    one mapping.
+    For a batch, the list has one mapping for each order, and otherwise exactly
+    one.
     """
     try:
         if isinstance(params, (list, tuple)):
@@ -874,9 +875,9 @@ def build_request(
 # - has no limit for the total time of a response.
 #
 # Each thread keeps one idle connection for each scheme, host and port. It is
-# closed when the thread ends, or when the next request finds it too old or
-# stale. After any failure, a connection is closed too, because a late
-# response could be mistaken for the response to the next request.
+# closed when the thread ends, when the next request finds it too old or stale,
+# or after a failure: a late response could be mistaken for the response to the
+# next request.
 #
 # Only the socket is kept. For each request and response, a new object of
 # http.client is made around it.
@@ -908,8 +909,8 @@ class _ResponseStream(io.RawIOBase):
     def __init__(self, sock: Any, timeout: float) -> None:
         self._sock = sock
         self._deadline = time.monotonic() + timeout
-        # Is True for a body that ends when the server closes the connection
-        # (set by _allow_end_with_close).
+        # _read_raw_body sets this to True for a body that ends when the server
+        # closes the connection.
         self.may_end_with_close = False
 
     def readable(self) -> bool:  # BufferedReader calls it.
@@ -934,8 +935,8 @@ class _TimedResponse(http.client.HTTPResponse):
         # Pass on debuglevel, for the debugging output of http.client.
         debuglevel = http.client.HTTPConnection.debuglevel
         super().__init__(sock, debuglevel, method)
-        # HTTPResponse has opened self.fp with sock.makefile(), to read from it.
-        # Replace it by our stream. Closing either of them leaves sock open.
+        # HTTPResponse has opened self.fp with sock.makefile(). Close it, and
+        # read from our stream instead. The socket itself stays open.
         self.fp.close()
         self.stream = _ResponseStream(sock, timeout)
         self.fp = io.BufferedReader(self.stream)
@@ -1048,7 +1049,8 @@ def _open_tunnel(
 
 def _connect(request: Request, timeout: float) -> Any:
     """Return a socket that is connected to the host of a request."""
-    # build_request allows http only to this machine: without TLS and proxy.
+    # http goes only to this machine, because build_request checks that. So it
+    # needs no TLS and no proxy.
     if request.type == "http":
         return _open(http.client.HTTPConnection(request.host, timeout=timeout))
     context = _tls_context()
@@ -1117,7 +1119,8 @@ def _is_stale(sock: Any) -> bool:
 def _take_idle_connection(endpoint: Any) -> Any:
     """Remove the idle connection to an endpoint, and return its socket.
 
-    Return None if the thread has none, or if it cannot be used again.
+    Return None if the thread has none. If it is too old or stale, close it and
+    return None.
     """
     by_endpoint = _thread_local.idle_connections.by_endpoint
     if endpoint not in by_endpoint:
@@ -1143,9 +1146,9 @@ def _check_body_size(body: Union[bytes, bytearray]) -> None:
 def _check_response_headers(headers: http.client.HTTPMessage) -> None:
     """Raise if the headers leave it unclear where the body ends."""
     if headers.defects or headers.get_payload():
-        # http.client parses headers like those of an e-mail. At a malformed
-        # line, the parser stops: it notes a defect, or takes the other lines
-        # for a payload. A Content-Length could be among those lines.
+        # The parser of headers stops at a malformed line. It notes a defect,
+        # or puts the other lines into a payload. So headers are lost, perhaps
+        # a Content-Length.
         raise http.client.HTTPException("a header is malformed")
     length_headers = headers.get_all("Content-Length", [])
     length_headers += headers.get_all("Transfer-Encoding", [])
@@ -1155,30 +1158,24 @@ def _check_response_headers(headers: http.client.HTTPMessage) -> None:
         )
 
 
-def _allow_end_with_close(response: _TimedResponse) -> None:
-    """Accept a body that ends when the server closes the connection.
-
-    Such a body could be cut off. So accept it only for an error, and raise for
-    a success.
-    """
-    if _is_success(response.status):
-        raise http.client.HTTPException(
-            "without a Content-Length, the body could be incomplete"
-        )
-    response.stream.may_end_with_close = True
-
-
 def _read_raw_body(response: _TimedResponse) -> bytes:
     """Return the body as it was received, perhaps compressed."""
     _check_response_headers(response.headers)
-    # length is None without a Content-Length, and 0 for a status such as 204.
+    # The end of the body is known from its chunks, from Content-Length, or
+    # because there is no body (then length is 0).
     is_end_known = response.chunked or response.length is not None
     if not is_end_known:
-        _allow_end_with_close(response)
+        # The body ends when the server closes the connection, so it may be cut
+        # off. Accept that only for an error.
+        if _is_success(response.status):
+            raise http.client.HTTPException(
+                "without a Content-Length, the body could be incomplete"
+            )
+        response.stream.may_end_with_close = True
     body = bytearray()
     while True:
-        # Returns b"" at the end. If the server closes the connection before
-        # that, _ResponseStream raises EOFError.
+        # read1 returns b"" at the end. If the server closes the connection
+        # before that, _ResponseStream raises EOFError.
         part = response.read1(65536)
         if not part:
             break
@@ -1236,8 +1233,8 @@ def _is_reusable(response: _TimedResponse, body: Optional[bytes]) -> bool:
         # The rest of the body could be mistaken for the next response.
         return False
     if response.status == 408:
-        # A server can send 408 to close an idle connection. Then it does not
-        # answer this request, and the real response may still follow.
+        # It may be about the time before this request, when the connection was
+        # idle. Then the real response may still follow.
         return False
     return True
 
@@ -1356,8 +1353,7 @@ def _decode_or_raise(request: Request, response: Response) -> Any:
     try:
         body = _decode(response.body)
     except Exception as error:  # such as MemoryError
-        # request() promises: an Exception that is not a BPXError means that
-        # nothing was sent. So raise a BPXError here.
+        # The request was sent, so only a BPXError may be raised (see request).
         raise UnknownOutcomeError(request, _describe_error(error)) from error
     if not _is_success(response.status):
         raise APIError(request, response.status, body, response.headers)
@@ -1505,8 +1501,8 @@ def _make_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("method", metavar="METHOD", type=str.upper, help="such as GET")
     add("path", metavar="PATH", help="such as /api/v1/order")
-    # Without default=[], argparse would report name=text as missing too, when
-    # only PATH is missing.
+    # Without default=[], argparse would say that name=text is missing too, if
+    # PATH is missing.
     add(
         "pairs", metavar="name=text", nargs="*", default=[], help="a parameter"
     )
