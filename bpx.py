@@ -117,8 +117,8 @@ MAX_IDLE = 15.0  # seconds after which an idle connection is not used again
 MAX_BODY = 16 * 1024 * 1024  # bytes of a response body, packed or unpacked
 
 # A secret key has 44 characters, and the last one is "=". The command line
-# splits name=text at "=", so a key that is passed there leaves 43 characters.
-# Error messages hide every text that is so long.
+# splits name=text at "=", so a key that is passed there loses its "=". Error
+# messages hide every text of 43 characters or more.
 _MIN_HIDDEN_LENGTH = 43
 
 # The parameters of a request: None, a mapping of names to values, or (for a
@@ -315,7 +315,8 @@ def _check_str(value: Any, place: str) -> None:
 # First the parameters are normalized: they are converted to dict, list, str,
 # int and bool, and every None is left out. The signed text and the request
 # that is sent are both made from the normalized values, so they agree. (One
-# exception: an empty list is in a JSON body, but not in the signed text.)
+# exception: an empty list is sent in a JSON body, but adds nothing to the
+# signed text.)
 #
 # Subclasses of str, int and Decimal are converted to the plain type, because
 # a subclass may have another __str__. str.__str__(text) and int.__int__(value)
@@ -324,7 +325,7 @@ def _check_str(value: Any, place: str) -> None:
 # Many functions have an argument named place. It says where a value is, for
 # example params[0].price. Error messages begin with it.
 
-# For the JSON body, and for a mapping that is a value in the canonical string.
+# Encodes the JSON body, and a parameter whose value is a mapping.
 _JSON_ENCODER = json.JSONEncoder(
     ensure_ascii=False, separators=(",", ":"), sort_keys=True
 )
@@ -454,7 +455,7 @@ def _normalize_decimal(value: Decimal, place: str) -> str:
     number = Decimal(value)  # converts a subclass
     if not number.is_finite():
         raise ValueError(f"{place}: pass a finite number, not {number}")
-    exponent = number.adjusted()  # 2 for 123, which is 1.23E+2
+    exponent = number.adjusted()  # that of scientific notation: 2 for 1.23E+2
     if abs(exponent) >= 1000:  # 1E+999999999 has a billion digits.
         raise ValueError(
             f"{place}: pass an exponent from -999 to +999, "
@@ -875,9 +876,9 @@ def build_request(
 # - has no limit for the total time of a response.
 #
 # Each thread keeps one idle connection for each scheme, host and port. It is
-# closed when the thread ends, when the next request finds it too old or stale,
-# or after a failure: a late response could be mistaken for the response to the
-# next request.
+# closed when the thread ends, or when the next request finds it too old or
+# stale. It is also closed after a failure, because a late response could be
+# mistaken for the response to the next request.
 #
 # Only the socket is kept. For each request and response, a new object of
 # http.client is made around it.
@@ -932,7 +933,7 @@ class _TimedResponse(http.client.HTTPResponse):
     """An HTTPResponse that reads from a _ResponseStream."""
 
     def __init__(self, sock: Any, method: str, timeout: float) -> None:
-        # Pass on debuglevel, for the debugging output of http.client.
+        # HTTPConnection passes its debuglevel to a response. Do the same.
         debuglevel = http.client.HTTPConnection.debuglevel
         super().__init__(sock, debuglevel, method)
         # HTTPResponse has opened self.fp with sock.makefile(). Close it, and
@@ -997,7 +998,7 @@ def _open(connection: http.client.HTTPConnection) -> Any:
     try:
         connection.connect()
     except BaseException:
-        connection.close()
+        connection.close()  # It may be open although TLS has failed.
         raise
     return connection.sock
 
@@ -1021,9 +1022,9 @@ def _ask_for_tunnel(
     for name, value in proxy.headers.items():
         connection.putheader(name, value)
     connection.endheaders()
-    # The BufferedReader of the response could read beyond the headers, and
-    # those bytes would be lost. This does not happen here: in TLS the client
-    # speaks first, so the proxy sends nothing more until TLS begins.
+    # Leaving the with closes the stream of the response, not the socket. Bytes
+    # that it has read beyond the headers are lost, but there are none: the
+    # proxy sends nothing more until TLS begins.
     with _TimedResponse(connection.sock, "CONNECT", timeout) as response:
         response.begin()  # receives the status and the headers
     if response.status != 200:
@@ -1035,12 +1036,13 @@ def _open_tunnel(
 ) -> Any:
     """Return a TLS socket to the host of a request, through a proxy."""
     url = urllib.parse.urlsplit(request.full_url)
+    # request.host is HOST or HOST:PORT, and CONNECT needs a port.
     target = request.host if url.port else f"{request.host}:443"
     connection = http.client.HTTPConnection(proxy.address, timeout=timeout)
     sock = _open(connection)
     try:
         _ask_for_tunnel(connection, target, proxy, timeout)
-        sock.settimeout(timeout)  # _ResponseStream has changed it.
+        sock.settimeout(timeout)  # _ResponseStream has reduced it.
         return context.wrap_socket(sock, server_hostname=url.hostname)
     except BaseException:
         sock.close()
@@ -1100,7 +1102,8 @@ def _is_stale(sock: Any) -> bool:
 
     Nothing should arrive on an idle connection. If there is something to
     read, the server has closed it, or has sent bytes that answer no request.
-    A connection that cannot be checked is not used either.
+    A connection that cannot be checked is not used either. (A session
+    ticket of TLS can arrive late. Then a new connection is opened for nothing.)
     """
     # A TLS socket may hold bytes that it has received and decrypted. A
     # selector does not see them.
@@ -1146,9 +1149,9 @@ def _check_body_size(body: Union[bytes, bytearray]) -> None:
 def _check_response_headers(headers: http.client.HTTPMessage) -> None:
     """Raise if the headers leave it unclear where the body ends."""
     if headers.defects or headers.get_payload():
-        # The parser of headers stops at a malformed line. It notes a defect,
-        # or puts the other lines into a payload. So headers are lost, perhaps
-        # a Content-Length.
+        # At a malformed line, the parser stops. It records a defect, or takes
+        # the other header lines for a text that follows the headers (payload).
+        # The lost lines may include a Content-Length.
         raise http.client.HTTPException("a header is malformed")
     length_headers = headers.get_all("Content-Length", [])
     length_headers += headers.get_all("Transfer-Encoding", [])
@@ -1166,7 +1169,8 @@ def _read_raw_body(response: _TimedResponse) -> bytes:
     is_end_known = response.chunked or response.length is not None
     if not is_end_known:
         # The body ends when the server closes the connection, so it may be cut
-        # off. Accept that only for an error.
+        # off. Accept that only for an error. (http.client sets will_close, so
+        # that the connection is not used again.)
         if _is_success(response.status):
             raise http.client.HTTPException(
                 "without a Content-Length, the body could be incomplete"
@@ -1233,8 +1237,8 @@ def _is_reusable(response: _TimedResponse, body: Optional[bytes]) -> bool:
         # The rest of the body could be mistaken for the next response.
         return False
     if response.status == 408:
-        # It may be about the time before this request, when the connection was
-        # idle. Then the real response may still follow.
+        # The server may have sent it because the connection was idle, just
+        # before it received this request. Then the real response may follow.
         return False
     return True
 
@@ -1244,6 +1248,7 @@ def _receive(sock: Any, method: str, timeout: float) -> Tuple[Response, bool]:
 
     Return it, and whether the connection can be used for another request.
     """
+    # Leaving the with closes the stream of the response, not the socket.
     with _TimedResponse(sock, method, timeout) as response:
         response.begin()  # receives the status and the headers
         if response.status < 200:
@@ -1269,8 +1274,9 @@ def _send_and_receive(
             "Host": request.host,
             **request.headers,
         }
-        # This object is thrown away. It only writes the request to the socket:
-        # it does not connect, because its sock is set.
+        # This object only writes the request to the socket, which is open, and
+        # does TLS itself if needed. http.client adds a Content-Length, and
+        # leaves the headers above as they are.
         connection = http.client.HTTPConnection(request.host)
         connection.sock = sock
         method = request.get_method()
@@ -1353,7 +1359,8 @@ def _decode_or_raise(request: Request, response: Response) -> Any:
     try:
         body = _decode(response.body)
     except Exception as error:  # such as MemoryError
-        # The request was sent, so only a BPXError may be raised (see request).
+        # The request was sent. Any Exception other than a BPXError would tell
+        # the caller that nothing was sent.
         raise UnknownOutcomeError(request, _describe_error(error)) from error
     if not _is_success(response.status):
         raise APIError(request, response.status, body, response.headers)
@@ -1501,8 +1508,8 @@ def _make_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("method", metavar="METHOD", type=str.upper, help="such as GET")
     add("path", metavar="PATH", help="such as /api/v1/order")
-    # Without default=[], argparse would say that name=text is missing too, if
-    # PATH is missing.
+    # Without default=[], the error about a missing PATH would say that
+    # name=text is missing too.
     add(
         "pairs", metavar="name=text", nargs="*", default=[], help="a parameter"
     )
@@ -1586,8 +1593,8 @@ def _parse_pair(pair: str) -> Tuple[str, Any]:
     is_json = name.endswith(":")  # "a:=1" is split into "a:" and "1"
     if is_json:
         name = name[:-1]
-    # A secret key that is passed here by mistake is split into a name of 43
-    # characters and an empty text. Refuse such a name: it must not be sent.
+    # A secret key that is passed here by mistake looks like a name of 43
+    # characters, "=" and no text. Refuse such a name, so that it is not sent.
     is_perhaps_key = len(name) >= _MIN_HIDDEN_LENGTH
     if not name or not separator or is_perhaps_key:
         raise ValueError(
