@@ -1103,7 +1103,7 @@ def _is_stale(sock: Any) -> bool:
     Nothing should arrive on an idle connection. If there is something to
     read, the server has closed it, or has sent bytes that answer no request.
     A connection that cannot be checked is not used either. (A session
-    ticket of TLS can arrive late. Then a new connection is opened for nothing.)
+    ticket of TLS can arrive late. Then a new connection is opened, too.)
     """
     # A TLS socket may hold bytes that it has received and decrypted. A
     # selector does not see them.
