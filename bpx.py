@@ -116,9 +116,9 @@ DEFAULT_TIMEOUT = 10.0  # seconds for each step of a request (see send)
 MAX_IDLE = 15.0  # seconds after which an idle connection is not used again
 MAX_BODY = 16 * 1024 * 1024  # bytes of a response body, packed or unpacked
 
-# A secret key has 44 characters, and the last one is "=". The command line
-# splits name=text at "=", so a key that is passed there loses its "=". Error
-# messages hide every text of 43 characters or more.
+# A secret key has 44 characters, and the last one is "=". A key that is passed
+# by mistake in place of name=text is split there, and 43 characters remain.
+# Error messages hide every text of 43 characters or more.
 _MIN_HIDDEN_LENGTH = 43
 
 # The parameters of a request: None, a mapping of names to values, or (for a
@@ -455,7 +455,8 @@ def _normalize_decimal(value: Decimal, place: str) -> str:
     number = Decimal(value)  # converts a subclass
     if not number.is_finite():
         raise ValueError(f"{place}: pass a finite number, not {number}")
-    exponent = number.adjusted()  # that of scientific notation: 2 for 1.23E+2
+    # The exponent in scientific notation: 2 for 123, which is 1.23E+2.
+    exponent = number.adjusted()
     if abs(exponent) >= 1000:  # 1E+999999999 has a billion digits.
         raise ValueError(
             f"{place}: pass an exponent from -999 to +999, "
@@ -910,8 +911,8 @@ class _ResponseStream(io.RawIOBase):
     def __init__(self, sock: Any, timeout: float) -> None:
         self._sock = sock
         self._deadline = time.monotonic() + timeout
-        # _read_raw_body sets this to True for a body that ends when the server
-        # closes the connection.
+        # True if a close by the server is the normal end of the body, and no
+        # error. _read_raw_body sets this.
         self.may_end_with_close = False
 
     def readable(self) -> bool:  # BufferedReader calls it.
@@ -933,11 +934,12 @@ class _TimedResponse(http.client.HTTPResponse):
     """An HTTPResponse that reads from a _ResponseStream."""
 
     def __init__(self, sock: Any, method: str, timeout: float) -> None:
-        # HTTPConnection passes its debuglevel to a response. Do the same.
+        # This keeps HTTPConnection.debuglevel, a switch for debugging, working.
         debuglevel = http.client.HTTPConnection.debuglevel
         super().__init__(sock, debuglevel, method)
-        # HTTPResponse has opened self.fp with sock.makefile(). Close it, and
-        # read from our stream instead. The socket itself stays open.
+        # HTTPResponse has opened self.fp with sock.makefile(), to read from.
+        # Read from our stream instead. Closing one of these streams does not
+        # close the socket.
         self.fp.close()
         self.stream = _ResponseStream(sock, timeout)
         self.fp = io.BufferedReader(self.stream)
@@ -1022,9 +1024,9 @@ def _ask_for_tunnel(
     for name, value in proxy.headers.items():
         connection.putheader(name, value)
     connection.endheaders()
-    # Leaving the with closes the stream of the response, not the socket. Bytes
-    # that it has read beyond the headers are lost, but there are none: the
-    # proxy sends nothing more until TLS begins.
+    # The with closes only the stream of the response, not the socket. Bytes in
+    # the buffer of the stream would be lost, but the proxy sends none between
+    # its headers and the begin of TLS.
     with _TimedResponse(connection.sock, "CONNECT", timeout) as response:
         response.begin()  # receives the status and the headers
     if response.status != 200:
@@ -1148,10 +1150,11 @@ def _check_body_size(body: Union[bytes, bytearray]) -> None:
 
 def _check_response_headers(headers: http.client.HTTPMessage) -> None:
     """Raise if the headers leave it unclear where the body ends."""
-    if headers.defects or headers.get_payload():
-        # At a malformed line, the parser stops. It records a defect, or takes
-        # the other header lines for a text that follows the headers (payload).
-        # The lost lines may include a Content-Length.
+    # At a malformed line, the parser stops. It notes a defect, or keeps the
+    # other lines as a payload. So header lines, such as a Content-Length, are
+    # lost.
+    has_lost_lines = headers.defects or headers.get_payload()
+    if has_lost_lines:
         raise http.client.HTTPException("a header is malformed")
     length_headers = headers.get_all("Content-Length", [])
     length_headers += headers.get_all("Transfer-Encoding", [])
@@ -1169,17 +1172,18 @@ def _read_raw_body(response: _TimedResponse) -> bytes:
     is_end_known = response.chunked or response.length is not None
     if not is_end_known:
         # The body ends when the server closes the connection, so it may be cut
-        # off. Accept that only for an error. (http.client sets will_close, so
-        # that the connection is not used again.)
+        # off. Accept that only for an error.
         if _is_success(response.status):
             raise http.client.HTTPException(
                 "without a Content-Length, the body could be incomplete"
             )
+        # Now readinto returns 0 at the close, which is the end, and does not
+        # raise EOFError. The connection is not reused (will_close is True).
         response.stream.may_end_with_close = True
     body = bytearray()
     while True:
-        # read1 returns b"" at the end. If the server closes the connection
-        # before that, _ResponseStream raises EOFError.
+        # This is b"" at the end. If the server closes the connection before
+        # that, _ResponseStream raises EOFError.
         part = response.read1(65536)
         if not part:
             break
@@ -1192,7 +1196,8 @@ def _unpack(data: bytes) -> bytes:
     """Unpack one gzip stream. (Servers do not send several in one body.)"""
     gzip_format = 16 + zlib.MAX_WBITS  # Adding 16 selects the gzip format.
     decompressor = zlib.decompressobj(gzip_format)
-    # MAX_BODY + 1 bytes are enough for _check_body_size to refuse the body.
+    # Stop one byte after the limit: then _check_body_size refuses the body, and
+    # no large body is unpacked whole.
     body = decompressor.decompress(data, MAX_BODY + 1)
     _check_body_size(body)
     if not decompressor.eof or decompressor.unused_data:
@@ -1237,8 +1242,8 @@ def _is_reusable(response: _TimedResponse, body: Optional[bytes]) -> bool:
         # The rest of the body could be mistaken for the next response.
         return False
     if response.status == 408:
-        # The server may have sent it because the connection was idle, just
-        # before it received this request. Then the real response may follow.
+        # It may be about the idle connection, and not about this request: sent
+        # just before the request arrived. Then the real response could follow.
         return False
     return True
 
@@ -1248,7 +1253,8 @@ def _receive(sock: Any, method: str, timeout: float) -> Tuple[Response, bool]:
 
     Return it, and whether the connection can be used for another request.
     """
-    # Leaving the with closes the stream of the response, not the socket.
+    # The with closes only the stream of the response, not the socket. Extra
+    # bytes that the stream has read are dropped; _is_stale cannot see them.
     with _TimedResponse(sock, method, timeout) as response:
         response.begin()  # receives the status and the headers
         if response.status < 200:
@@ -1274,9 +1280,9 @@ def _send_and_receive(
             "Host": request.host,
             **request.headers,
         }
-        # This object only writes the request to the socket, which is open, and
-        # does TLS itself if needed. http.client adds a Content-Length, and
-        # leaves the headers above as they are.
+        # A plain HTTPConnection is enough to write to the socket, because the
+        # socket is connected, and is a TLS socket for https. http.client adds
+        # a Content-Length. It does not add headers that are passed to it.
         connection = http.client.HTTPConnection(request.host)
         connection.sock = sock
         method = request.get_method()
@@ -1328,6 +1334,8 @@ def send(request: Request, *, timeout: float = DEFAULT_TIMEOUT) -> Response:
             sock = _connect(request, timeout)
     except Exception as error:
         raise NotSentError(request, _describe_error(error)) from error
+    # If the server closes the idle connection just now, this is an
+    # UnknownOutcomeError too. The request is never sent again.
     try:
         response, is_reusable = _send_and_receive(sock, request, timeout)
         if is_reusable:
@@ -1359,8 +1367,8 @@ def _decode_or_raise(request: Request, response: Response) -> Any:
     try:
         body = _decode(response.body)
     except Exception as error:  # such as MemoryError
-        # The request was sent. Any Exception other than a BPXError would tell
-        # the caller that nothing was sent.
+        # request() promises that after an Exception other than a BPXError
+        # nothing was sent. But the request was sent, so convert the error.
         raise UnknownOutcomeError(request, _describe_error(error)) from error
     if not _is_success(response.status):
         raise APIError(request, response.status, body, response.headers)
