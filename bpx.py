@@ -934,7 +934,7 @@ class _TimedResponse(http.client.HTTPResponse):
     """An HTTPResponse that reads from a _ResponseStream."""
 
     def __init__(self, sock: Any, method: str, timeout: float) -> None:
-        # This keeps HTTPConnection.debuglevel, a switch for debugging, working.
+        # This keeps the debugging switch of http.client working.
         debuglevel = http.client.HTTPConnection.debuglevel
         super().__init__(sock, debuglevel, method)
         # HTTPResponse has opened self.fp with sock.makefile(), to read from.
@@ -1196,8 +1196,8 @@ def _unpack(data: bytes) -> bytes:
     """Unpack one gzip stream. (Servers do not send several in one body.)"""
     gzip_format = 16 + zlib.MAX_WBITS  # Adding 16 selects the gzip format.
     decompressor = zlib.decompressobj(gzip_format)
-    # Stop one byte after the limit: then _check_body_size refuses the body, and
-    # no large body is unpacked whole.
+    # Stop one byte after the limit. Then _check_body_size refuses the body,
+    # and no large body is unpacked whole.
     body = decompressor.decompress(data, MAX_BODY + 1)
     _check_body_size(body)
     if not decompressor.eof or decompressor.unused_data:
