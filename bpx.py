@@ -861,7 +861,7 @@ def build_request(
         if is_batch:
             raise TypeError("params: pass one mapping to GET, not a batch")
         url += _query_string(mappings[0])
-        return Request(url, headers=all_headers, method=method)
+        return Request(url, headers=all_headers)  # urllib makes it a GET.
     # A batch is sent as a list, even if it has only one order.
     params_to_send: Any = mappings if is_batch else mappings[0]
     all_headers["Content-Type"] = "application/json; charset=utf-8"
@@ -1210,7 +1210,7 @@ def _unpack(data: bytes) -> bytes:
 def _read_body(response: _TimedResponse) -> bytes:
     """Return the unpacked body; raise an error if it cannot be read."""
     raw_body = _read_raw_body(response)
-    encodings = response.headers.get_all("Content-Encoding", ["identity"])
+    encodings = response.headers.get_all("Content-Encoding", [])
     encoding = ", ".join(encodings).strip().lower()
     if encoding in ("", "identity"):
         return raw_body
