@@ -821,6 +821,18 @@ def _query_string(mapping: Dict[str, Any]) -> str:
     return "?" + urllib.parse.urlencode(pairs, quote_via=urllib.parse.quote)
 
 
+def _make_request(
+    method: str, url: str, headers: Dict[str, str], params_to_send: Any
+) -> Request:
+    """Put params into the query of a GET, or into the body of a request."""
+    if method == "GET":
+        return Request(url + _query_string(params_to_send), headers=headers)
+    json_text = _JSON_ENCODER.encode(params_to_send)  # "{}" without params
+    all_headers = dict(headers)
+    all_headers["Content-Type"] = "application/json; charset=utf-8"
+    return Request(url, json_text.encode(), all_headers, method=method)
+
+
 def build_request(
     method: str,
     path: str,
@@ -839,8 +851,7 @@ def build_request(
     instruction is passed, or INSTRUCTIONS has one for method and path, the
     request is signed, and secret_key is required. Otherwise it is public:
     secret_key must be None, and timestamp and window are not used. base_url is
-    https, or http to localhost. headers are additional headers, which are not
-    signed.
+    https, or http to localhost. headers are added, and are not signed.
     Raises TypeError or ValueError for bad arguments, and ImportError if
     PyNaCl is needed and not installed.
     """
@@ -853,20 +864,14 @@ def build_request(
     instruction = _find_instruction(method, path, instruction)
     _check_key_use(method, path, instruction, secret_key)
     if instruction is not None:
-        all_headers.update(
-            _sign(instruction, mappings, secret_key, timestamp, window)
-        )
+        signed = _sign(instruction, mappings, secret_key, timestamp, window)
+        all_headers.update(signed)
     is_batch = isinstance(params, (list, tuple))
-    if method == "GET":
-        if is_batch:
-            raise TypeError("params: pass one mapping to GET, not a batch")
-        url += _query_string(mappings[0])
-        return Request(url, headers=all_headers)  # urllib makes it a GET.
+    if is_batch and method == "GET":
+        raise TypeError("params: pass one mapping to GET, not a batch")
     # A batch is sent as a list, even if it has only one order.
     params_to_send: Any = mappings if is_batch else mappings[0]
-    all_headers["Content-Type"] = "application/json; charset=utf-8"
-    json_text = _JSON_ENCODER.encode(params_to_send)  # "{}" without params
-    return Request(url, json_text.encode(), all_headers, method=method)
+    return _make_request(method, url, all_headers, params_to_send)
 
 
 # --- 4. Transport: sends a request once, and keeps the connection ---
@@ -911,9 +916,7 @@ class _ResponseStream(io.RawIOBase):
     def __init__(self, sock: Any, timeout: float) -> None:
         self._sock = sock
         self._deadline = time.monotonic() + timeout
-        # True if a close by the server is the normal end of the body, and no
-        # error. _read_raw_body sets this.
-        self.may_end_with_close = False
+        self._is_close_allowed = False
 
     def readable(self) -> bool:  # BufferedReader calls it.
         return True
@@ -925,9 +928,13 @@ class _ResponseStream(io.RawIOBase):
             raise TimeoutError("timed out")
         self._sock.settimeout(remaining)
         size: int = self._sock.recv_into(buffer)
-        if size == 0 and not self.may_end_with_close:
+        if size == 0 and not self._is_close_allowed:
             raise EOFError("the server closed before the end of the response")
         return size
+
+    def allow_close(self) -> None:
+        """From now on, let a close by the server end the stream normally."""
+        self._is_close_allowed = True
 
 
 class _TimedResponse(http.client.HTTPResponse):
@@ -943,6 +950,14 @@ class _TimedResponse(http.client.HTTPResponse):
         self.fp.close()
         self.stream = _ResponseStream(sock, timeout)
         self.fp = io.BufferedReader(self.stream)
+
+
+class _OpenConnection(http.client.HTTPConnection):
+    """An HTTPConnection that uses a socket which is already connected."""
+
+    def __init__(self, host: str, sock: Any) -> None:
+        super().__init__(host)
+        self.sock = sock
 
 
 @functools.lru_cache()  # because loading certificates takes long
@@ -961,7 +976,6 @@ _PROXY_PATTERN = re.compile(
     r"/?",
     re.IGNORECASE,
 )
-_DEFAULT_PROXY_PORT = 80  # of plain HTTP
 
 
 class _Proxy(NamedTuple):
@@ -991,7 +1005,7 @@ def _find_proxy(host: str) -> Optional[_Proxy]:
         password = urllib.parse.unquote(password)
         basic = _to_base64(f"{user}:{password}".encode())
         headers["Proxy-Authorization"] = f"Basic {basic}"
-    port = match["port"] or _DEFAULT_PROXY_PORT
+    port = match["port"] or 80  # the port of http
     return _Proxy(f"{match['host']}:{port}", headers)
 
 
@@ -1024,9 +1038,9 @@ def _ask_for_tunnel(
     for name, value in proxy.headers.items():
         connection.putheader(name, value)
     connection.endheaders()
-    # The with closes only the stream of the response, not the socket. Bytes in
-    # the buffer of the stream would be lost, but the proxy sends none between
-    # its headers and the begin of TLS.
+    # The with statement closes only the stream of the response, and not the
+    # socket. Bytes in the buffer of the stream would be lost, but the proxy
+    # sends none between its headers and the beginning of TLS.
     with _TimedResponse(connection.sock, "CONNECT", timeout) as response:
         response.begin()  # receives the status and the headers
     if response.status != 200:
@@ -1117,7 +1131,7 @@ def _is_stale(sock: Any) -> bool:
             readable = selector.select(timeout=0)  # does not wait
             return len(readable) > 0
     except (OSError, ValueError):
-        # Such as too many open files, or a socket that was closed elsewhere.
+        # Too many files are open, or the socket was closed elsewhere.
         return True
 
 
@@ -1177,9 +1191,8 @@ def _read_raw_body(response: _TimedResponse) -> bytes:
             raise http.client.HTTPException(
                 "without a Content-Length, the body could be incomplete"
             )
-        # Now readinto returns 0 at the close, which is the end, and does not
-        # raise EOFError. The connection is not reused (will_close is True).
-        response.stream.may_end_with_close = True
+        # The connection is not reused, because will_close is True.
+        response.stream.allow_close()
     body = bytearray()
     while True:
         # This is b"" at the end. If the server closes the connection before
@@ -1253,8 +1266,9 @@ def _receive(sock: Any, method: str, timeout: float) -> Tuple[Response, bool]:
 
     Return it, and whether the connection can be used for another request.
     """
-    # The with closes only the stream of the response, not the socket. Extra
-    # bytes that the stream has read are dropped; _is_stale cannot see them.
+    # The with statement closes only the stream of the response, and not the
+    # socket. Extra bytes that the stream has read are dropped; _is_stale cannot
+    # see them.
     with _TimedResponse(sock, method, timeout) as response:
         response.begin()  # receives the status and the headers
         if response.status < 200:
@@ -1280,11 +1294,9 @@ def _send_and_receive(
             "Host": request.host,
             **request.headers,
         }
-        # A plain HTTPConnection is enough to write to the socket, because the
-        # socket is connected, and is a TLS socket for https. http.client adds
-        # a Content-Length. It does not add headers that are passed to it.
-        connection = http.client.HTTPConnection(request.host)
-        connection.sock = sock
+        # For https, the socket does TLS. http.client adds a Content-Length. It
+        # does not add headers that are passed to it.
+        connection = _OpenConnection(request.host, sock)
         method = request.get_method()
         sock.settimeout(timeout)
         connection.request(method, request.selector, request.data, headers)
@@ -1334,8 +1346,6 @@ def send(request: Request, *, timeout: float = DEFAULT_TIMEOUT) -> Response:
             sock = _connect(request, timeout)
     except Exception as error:
         raise NotSentError(request, _describe_error(error)) from error
-    # If the server closes the idle connection just now, this is an
-    # UnknownOutcomeError too. The request is never sent again.
     try:
         response, is_reusable = _send_and_receive(sock, request, timeout)
         if is_reusable:
