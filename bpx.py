@@ -1267,8 +1267,8 @@ def _receive(sock: Any, method: str, timeout: float) -> Tuple[Response, bool]:
     Return it, and whether the connection can be used for another request.
     """
     # The with statement closes only the stream of the response, and not the
-    # socket. Extra bytes that the stream has read are dropped; _is_stale cannot
-    # see them.
+    # socket. Extra bytes that the stream has read are dropped, and _is_stale
+    # cannot see them.
     with _TimedResponse(sock, method, timeout) as response:
         response.begin()  # receives the status and the headers
         if response.status < 200:
