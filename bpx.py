@@ -116,9 +116,10 @@ DEFAULT_TIMEOUT = 10.0  # seconds for each step of a request (see send)
 MAX_IDLE = 15.0  # seconds after which an idle connection is not used again
 MAX_BODY = 16 * 1024 * 1024  # bytes of a response body, packed or unpacked
 
-# A secret key has 44 characters, and the last one is "=". A key that is passed
-# by mistake in place of name=text is split there, and 43 characters remain.
-# Error messages hide every text of 43 characters or more.
+# A secret key has 44 characters, and the last one is "=". The command line
+# splits its parameters (name=text) at the "=". So if a key is passed there by
+# mistake, a name of 43 characters remains. To keep keys secret, error messages
+# hide every text of 43 characters or more.
 _MIN_HIDDEN_LENGTH = 43
 
 # The parameters of a request: None, a mapping of names to values, or (for a
@@ -319,11 +320,14 @@ def _check_str(value: Any, place: str) -> None:
 # signed text.)
 #
 # Subclasses of str, int and Decimal are converted to the plain type, because
-# a subclass may have another __str__. str.__str__(text) and int.__int__(value)
-# give a plain value, even if the subclass overrides these methods.
+# a subclass may have another __str__. This is done by str.__str__(text) and
+# int.__int__(value), and not by str(text) and int(value), because these would
+# call the methods of the subclass.
 #
 # Many functions have an argument named place. It says where a value is, for
 # example params[0].price. Error messages begin with it.
+
+_INSTRUCTION_PATTERN = re.compile("[A-Za-z0-9]+")
 
 # Encodes the JSON body, and a parameter whose value is a mapping.
 _JSON_ENCODER = json.JSONEncoder(
@@ -384,7 +388,7 @@ def _normalize_mapping(mapping: Any, place: str) -> Dict[str, Any]:
         if _needs_no_conversion(copy):
             return copy
         mapping = copy
-    if not isinstance(mapping, collections.abc.Mapping):
+    elif not isinstance(mapping, collections.abc.Mapping):
         raise TypeError(
             f"{place}: pass a mapping of names to values, "
             f"not {type(mapping).__name__}"
@@ -412,7 +416,7 @@ def _normalize_name(name: Any, place: str) -> str:
 
 
 def _normalize_value(value: Any, place: str) -> Any:
-    """Return a normalized value."""
+    """Return the normalized value, or None if it is to be left out."""
     if isinstance(value, Enum):  # Tested first: it may also be a str or int.
         return _normalize_value(value.value, place)
     if value is None or isinstance(value, bool):
@@ -520,7 +524,7 @@ def _make_canonical_string(
 ) -> str:
     """Return the canonical string of normalized mappings."""
     is_str = isinstance(instruction, str)
-    if not (is_str and str.isascii(instruction) and str.isalnum(instruction)):
+    if not is_str or not _INSTRUCTION_PATTERN.fullmatch(instruction):
         raise ValueError(
             "instruction: pass only letters and digits, as in 'orderExecute'"
         )
@@ -655,9 +659,9 @@ def sign_request(
     the last eight keys in memory. timestamp (by default now) and window are in
     milliseconds. For instruction and params, see canonical_string.
 
-    If you build the request yourself, send the values that were signed: for a
-    Decimal, 0.00000001 and not 1E-8, and no parameter that is None.
-    build_request does this for you.
+    If you build the request yourself, send exactly what was signed: write a
+    Decimal as 0.00000001 and not as 1E-8, and leave out every parameter that
+    is None. build_request does this for you.
 
     Raises TypeError or ValueError for arguments that cannot be signed, and
     for a bad secret_key. No error message contains secret_key. Raises
@@ -824,7 +828,7 @@ def _query_string(mapping: Dict[str, Any]) -> str:
 def _make_request(
     method: str, url: str, headers: Dict[str, str], params_to_send: Any
 ) -> Request:
-    """Put params into the query of a GET, or into the body of a request."""
+    """Return a request with params in its query (GET) or its JSON body."""
     if method == "GET":
         return Request(url + _query_string(params_to_send), headers=headers)
     json_text = _JSON_ENCODER.encode(params_to_send)  # "{}" without params
@@ -861,14 +865,14 @@ def build_request(
     all_headers = _normalize_headers(headers)  # their names in lower case
     all_headers.setdefault("user-agent", f"bpx.py/{__version__}")
     mappings = _normalize_params(params)
+    is_batch = isinstance(params, (list, tuple))
+    if is_batch and method == "GET":
+        raise TypeError("params: pass one mapping to GET, not a batch")
     instruction = _find_instruction(method, path, instruction)
     _check_key_use(method, path, instruction, secret_key)
     if instruction is not None:
         signed = _sign(instruction, mappings, secret_key, timestamp, window)
         all_headers.update(signed)
-    is_batch = isinstance(params, (list, tuple))
-    if is_batch and method == "GET":
-        raise TypeError("params: pass one mapping to GET, not a batch")
     # A batch is sent as a list, even if it has only one order.
     params_to_send: Any = mappings if is_batch else mappings[0]
     return _make_request(method, url, all_headers, params_to_send)
@@ -886,8 +890,8 @@ def build_request(
 # stale. It is also closed after a failure, because a late response could be
 # mistaken for the response to the next request.
 #
-# Only the socket is kept. For each request and response, a new object of
-# http.client is made around it.
+# What is kept is only the socket. For each request, a new _OpenConnection
+# writes to it, and a new _TimedResponse reads from it.
 
 
 class Response(NamedTuple):
@@ -909,8 +913,8 @@ class _ResponseStream(io.RawIOBase):
     - It raises TimeoutError if the whole response takes longer than the
       timeout. (The timeout of a socket begins again with every read, so a
       slow server could make a response last forever.)
-    - It raises EOFError if the server closes the connection. (http.client
-      alone would accept headers that are cut off.)
+    - It raises EOFError if the server closes the connection, except after
+      allow_close. (http.client alone would accept headers that are cut off.)
     """
 
     def __init__(self, sock: Any, timeout: float) -> None:
@@ -933,7 +937,10 @@ class _ResponseStream(io.RawIOBase):
         return size
 
     def allow_close(self) -> None:
-        """From now on, let a close by the server end the stream normally."""
+        """From now on, take a close by the server for the end of the response.
+
+        Only a body of unknown length may end in this way.
+        """
         self._is_close_allowed = True
 
 
@@ -944,11 +951,12 @@ class _TimedResponse(http.client.HTTPResponse):
         # This keeps the debugging switch of http.client working.
         debuglevel = http.client.HTTPConnection.debuglevel
         super().__init__(sock, debuglevel, method)
-        # HTTPResponse has opened self.fp with sock.makefile(), to read from.
-        # Read from our stream instead. Closing one of these streams does not
-        # close the socket.
+        # HTTPResponse reads from self.fp, which it has made with
+        # sock.makefile(). Replace it. (This close() leaves the socket open.)
         self.fp.close()
         self.stream = _ResponseStream(sock, timeout)
+        # When the response is closed, it closes the new self.fp. That also
+        # leaves the socket open.
         self.fp = io.BufferedReader(self.stream)
 
 
@@ -984,7 +992,7 @@ class _Proxy(NamedTuple):
 
 
 def _find_proxy(host: str) -> Optional[_Proxy]:
-    """Return the proxy for https requests to a host, or None.
+    """Return the proxy for https requests to HOST or HOST:PORT, or None.
 
     The proxy comes from the environment or the settings of the system.
     """
@@ -1009,7 +1017,7 @@ def _find_proxy(host: str) -> Optional[_Proxy]:
     return _Proxy(f"{match['host']}:{port}", headers)
 
 
-def _open(connection: http.client.HTTPConnection) -> Any:
+def _open_socket(connection: http.client.HTTPConnection) -> Any:
     """Open a connection of http.client, and return its socket."""
     try:
         connection.connect()
@@ -1038,9 +1046,9 @@ def _ask_for_tunnel(
     for name, value in proxy.headers.items():
         connection.putheader(name, value)
     connection.endheaders()
-    # The with statement closes only the stream of the response, and not the
-    # socket. Bytes in the buffer of the stream would be lost, but the proxy
-    # sends none between its headers and the beginning of TLS.
+    # The with statement closes the response, and leaves the socket open. Bytes
+    # after the headers would be lost if they had been received already. But
+    # there are none: the proxy has nothing to send until this side begins TLS.
     with _TimedResponse(connection.sock, "CONNECT", timeout) as response:
         response.begin()  # receives the status and the headers
     if response.status != 200:
@@ -1055,7 +1063,7 @@ def _open_tunnel(
     # request.host is HOST or HOST:PORT, and CONNECT needs a port.
     target = request.host if url.port else f"{request.host}:443"
     connection = http.client.HTTPConnection(proxy.address, timeout=timeout)
-    sock = _open(connection)
+    sock = _open_socket(connection)
     try:
         _ask_for_tunnel(connection, target, proxy, timeout)
         sock.settimeout(timeout)  # _ResponseStream has reduced it.
@@ -1070,12 +1078,14 @@ def _connect(request: Request, timeout: float) -> Any:
     # http goes only to this machine, because build_request checks that. So it
     # needs no TLS and no proxy.
     if request.type == "http":
-        return _open(http.client.HTTPConnection(request.host, timeout=timeout))
+        return _open_socket(
+            http.client.HTTPConnection(request.host, timeout=timeout)
+        )
     context = _tls_context()
     proxy = _find_proxy(request.host)
     if proxy is not None:
         return _open_tunnel(request, proxy, context, timeout)
-    return _open(
+    return _open_socket(
         http.client.HTTPSConnection(
             request.host, timeout=timeout, context=context
         )
@@ -1090,8 +1100,9 @@ class _IdleConnections:
     """
 
     def __init__(self) -> None:
-        # endpoint -> (socket, time.monotonic() when its last response ended).
-        # An endpoint is (process id, scheme, host and port).
+        # Each key is an endpoint: (process id, scheme, HOST or HOST:PORT).
+        # Each value has the socket, and the time.monotonic() at which its last
+        # response ended.
         self.by_endpoint: Dict[Any, Tuple[Any, float]] = {}
 
     def __del__(self) -> None:
@@ -1118,8 +1129,9 @@ def _is_stale(sock: Any) -> bool:
 
     Nothing should arrive on an idle connection. If there is something to
     read, the server has closed it, or has sent bytes that answer no request.
-    A connection that cannot be checked is not used either. (A session
-    ticket of TLS can arrive late. Then a new connection is opened, too.)
+    A connection that cannot be checked is not used either. (A TLS session
+    ticket that arrives late is harmless, but it looks the same, so it also
+    makes a connection stale. That costs only a new connection.)
     """
     # A TLS socket may hold bytes that it has received and decrypted. A
     # selector does not see them.
@@ -1138,8 +1150,8 @@ def _is_stale(sock: Any) -> bool:
 def _take_idle_connection(endpoint: Any) -> Any:
     """Remove the idle connection to an endpoint, and return its socket.
 
-    Return None if the thread has none. If it is too old or stale, close it and
-    return None.
+    Return None if the thread has no such connection. If the connection is too
+    old or stale, close it and return None.
     """
     by_endpoint = _thread_local.idle_connections.by_endpoint
     if endpoint not in by_endpoint:
@@ -1164,45 +1176,45 @@ def _check_body_size(body: Union[bytes, bytearray]) -> None:
 
 def _check_response_headers(headers: http.client.HTTPMessage) -> None:
     """Raise if the headers leave it unclear where the body ends."""
-    # At a malformed line, the parser stops. It notes a defect, or keeps the
-    # other lines as a payload. So header lines, such as a Content-Length, are
-    # lost.
-    has_lost_lines = headers.defects or headers.get_payload()
-    if has_lost_lines:
+    # http.client parses headers as those of an e-mail. Its parser stops at a
+    # line that is not a header. Then it notes a defect, or takes the remaining
+    # lines for the text of the e-mail, which is called payload. In both cases,
+    # the remaining headers are lost, such as a Content-Length.
+    if headers.defects or headers.get_payload():
         raise http.client.HTTPException("a header is malformed")
-    length_headers = headers.get_all("Content-Length", [])
-    length_headers += headers.get_all("Transfer-Encoding", [])
-    if len(length_headers) > 1:  # They could contradict each other.
+    content_lengths = headers.get_all("Content-Length", [])
+    transfer_encodings = headers.get_all("Transfer-Encoding", [])
+    # More than one of them could contradict each other.
+    if len(content_lengths) + len(transfer_encodings) > 1:
         raise http.client.HTTPException(
             "more than one Content-Length or Transfer-Encoding"
         )
 
 
+def _ends_by_close(response: _TimedResponse) -> bool:
+    """Return whether only a close by the server shows where the body ends."""
+    # length is the Content-Length, and 0 for a response that has no body.
+    return not response.chunked and response.length is None
+
+
 def _read_raw_body(response: _TimedResponse) -> bytes:
     """Return the body as it was received, perhaps compressed."""
     _check_response_headers(response.headers)
-    # The end of the body is known from its chunks, from Content-Length, or
-    # because there is no body (then length is 0).
-    is_end_known = response.chunked or response.length is not None
-    if not is_end_known:
-        # The body ends when the server closes the connection, so it may be cut
-        # off. Accept that only for an error.
+    if _ends_by_close(response):
+        # Nothing shows whether the body is complete. Accept that only for an
+        # error.
         if _is_success(response.status):
             raise http.client.HTTPException(
                 "without a Content-Length, the body could be incomplete"
             )
-        # The connection is not reused, because will_close is True.
         response.stream.allow_close()
     body = bytearray()
     while True:
-        # This is b"" at the end. If the server closes the connection before
-        # that, _ResponseStream raises EOFError.
         part = response.read1(65536)
-        if not part:
-            break
+        if not part:  # the end of the body
+            return bytes(body)
         body += part
         _check_body_size(body)
-    return bytes(body)
 
 
 def _unpack(data: bytes) -> bytes:
@@ -1250,13 +1262,16 @@ def _read_error_body(response: _TimedResponse) -> Optional[bytes]:
 def _is_reusable(response: _TimedResponse, body: Optional[bytes]) -> bool:
     """Return whether the connection can be used for another request."""
     if response.will_close:
+        # The server has announced that it will close the connection, or only
+        # the close shows where the body ends.
         return False
     if body is None:
         # The rest of the body could be mistaken for the next response.
         return False
     if response.status == 408:
-        # It may be about the idle connection, and not about this request: sent
-        # just before the request arrived. Then the real response could follow.
+        # A server may send 408 because the connection was idle for long. If it
+        # did so just before this request arrived, then this 408 is not the
+        # response to this request, and the real one could follow.
         return False
     return True
 
@@ -1266,9 +1281,10 @@ def _receive(sock: Any, method: str, timeout: float) -> Tuple[Response, bool]:
 
     Return it, and whether the connection can be used for another request.
     """
-    # The with statement closes only the stream of the response, and not the
-    # socket. Extra bytes that the stream has read are dropped, and _is_stale
-    # cannot see them.
+    # The with statement closes the response, and leaves the socket open. Bytes
+    # that were received after the end of the response are dropped, so they
+    # cannot be mistaken for the next response. (If more bytes arrive later,
+    # _is_stale finds them.)
     with _TimedResponse(sock, method, timeout) as response:
         response.begin()  # receives the status and the headers
         if response.status < 200:
@@ -1280,8 +1296,10 @@ def _receive(sock: Any, method: str, timeout: float) -> Tuple[Response, bool]:
             body: Optional[bytes] = _read_body(response)
         else:
             body = _read_error_body(response)
-    result = Response(response.status, response.headers, body or b"")
-    return result, _is_reusable(response, body)
+    is_reusable = _is_reusable(response, body)
+    if body is None:
+        body = b""
+    return Response(response.status, response.headers, body), is_reusable
 
 
 def _send_and_receive(
@@ -1289,13 +1307,15 @@ def _send_and_receive(
 ) -> Tuple[Response, bool]:
     """Send a request once, and return what _receive returns."""
     try:
+        # http.client adds Content-Length. It would also add Accept-Encoding
+        # and Host, but not if they are passed.
         headers = {
             "Accept-Encoding": "gzip" if _HAS_ZLIB else "identity",
             "Host": request.host,
             **request.headers,
         }
-        # For https, the socket does TLS. http.client adds a Content-Length. It
-        # does not add headers that are passed to it.
+        # This connection only writes the request. For https it needs no TLS of
+        # its own, because sock is already a TLS socket.
         connection = _OpenConnection(request.host, sock)
         method = request.get_method()
         sock.settimeout(timeout)
@@ -1319,8 +1339,8 @@ def _check_timeout(timeout: Any) -> None:
 def send(request: Request, *, timeout: float = DEFAULT_TIMEOUT) -> Response:
     """Send a request made by build_request, once; return the response.
 
-    The response may have any status. If the status is not 2xx, the body may
-    be cut off, or empty if it cannot be read.
+    The response may have any status from 200 on. If it is not 2xx, the body is
+    not guaranteed: it may be incomplete, and it is empty if reading it failed.
 
     timeout is in seconds. It limits each of these steps, and not the whole
     call:
@@ -1328,7 +1348,7 @@ def send(request: Request, *, timeout: float = DEFAULT_TIMEOUT) -> Response:
     - open the tunnel, if there is a proxy
     - begin TLS, if the URL is https
     - send the headers
-    - send the body
+    - send the body (over https, each 16 KB of it)
     - receive the whole response
     Looking up the addresses of the host has no timeout.
 
@@ -1377,8 +1397,8 @@ def _decode_or_raise(request: Request, response: Response) -> Any:
     try:
         body = _decode(response.body)
     except Exception as error:  # such as MemoryError
-        # request() promises that after an Exception other than a BPXError
-        # nothing was sent. But the request was sent, so convert the error.
+        # The request was sent, but any Exception other than a BPXError would
+        # tell the caller that nothing was sent (see request).
         raise UnknownOutcomeError(request, _describe_error(error)) from error
     if not _is_success(response.status):
         raise APIError(request, response.status, body, response.headers)
@@ -1470,7 +1490,7 @@ exit status:
   3  NotSentError: the connection could not be made, so nothing was sent.
   4  The exchange may have executed the request. This is the status after an
      UnknownOutcomeError, an APIError with the status 408 or 5xx, an
-     interrupt of the request, or a response that could not be printed.
+     interrupt during the request, or a response that could not be printed.
 """
 _SHOWN_HEADERS = (
     "User-Agent",
@@ -1492,6 +1512,7 @@ def _redirect_to_null_device(descriptor: int) -> None:
     would try to write the same text again when it exits, fail again, and exit
     with the status 120.
     """
+    # It is never closed, because the process ends soon.
     null_device = os.open(os.devnull, os.O_WRONLY)
     os.dup2(null_device, descriptor)
 
@@ -1526,8 +1547,8 @@ def _make_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("method", metavar="METHOD", type=str.upper, help="such as GET")
     add("path", metavar="PATH", help="such as /api/v1/order")
-    # Without default=[], the error about a missing PATH would say that
-    # name=text is missing too.
+    # default=[] is only for the error message about a missing PATH. Without
+    # it, the message would say that name=text is missing too.
     add(
         "pairs", metavar="name=text", nargs="*", default=[], help="a parameter"
     )
@@ -1748,6 +1769,7 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     """
     # parse_intermixed_args allows options between the parameters.
     args = _make_parser().parse_intermixed_args(argv)
+    # Nothing in this try statement sends anything, so its errors exit with 2.
     try:
         params = _read_params(args)
         secret_key = _read_secret_key(args)
@@ -1758,7 +1780,7 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     except Exception as error:
         _fail(2, _describe_error(error))
     if not args.dry_run:
-        result = _run(args, params, secret_key)
+        result = _run(args, params, secret_key)  # It exits if it fails.
     _print_result(result, args.dry_run)
 
 
