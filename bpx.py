@@ -114,12 +114,11 @@ DEFAULT_WINDOW = 5000  # milliseconds for which a signed request is valid
 MAX_WINDOW = 60000  # milliseconds, the exchange's limit
 DEFAULT_TIMEOUT = 10.0  # seconds for each step of a request (see send)
 MAX_IDLE = 15.0  # seconds after which an idle connection is not used again
-MAX_BODY = 16 * 1024 * 1024  # bytes of a response body, packed or unpacked
+MAX_BODY = 16 * 1024 * 1024  # bytes of a response body, also decompressed
 
-# A secret key has 44 characters, and the last one is "=". The command line
-# splits its parameters (name=text) at the "=". So if a key is passed there by
-# mistake, a name of 43 characters remains. To keep keys secret, error messages
-# hide every text of 43 characters or more.
+# A secret key has 43 characters and a final "=". On the command line, where
+# parameters are written as name=text, it looks like a name of 43 characters
+# with an empty text. So _hide_long hides texts of this length and more.
 _MIN_HIDDEN_LENGTH = 43
 
 # The parameters of a request: None, a mapping of names to values, or (for a
@@ -306,6 +305,10 @@ def _hide_long(text: str) -> str:
     return text if len(text) < _MIN_HIDDEN_LENGTH else "(a long text)"
 
 
+# Many functions have an argument named place. It says where a value is, for
+# example params[0].price. Error messages begin with it.
+
+
 def _check_str(value: Any, place: str) -> None:
     if not isinstance(value, str):
         raise TypeError(f"{place}: pass a str, not {type(value).__name__}")
@@ -323,9 +326,6 @@ def _check_str(value: Any, place: str) -> None:
 # a subclass may have another __str__. This is done by str.__str__(text) and
 # int.__int__(value), and not by str(text) and int(value), because these would
 # call the methods of the subclass.
-#
-# Many functions have an argument named place. It says where a value is, for
-# example params[0].price. Error messages begin with it.
 
 _INSTRUCTION_PATTERN = re.compile("[A-Za-z0-9]+")
 
@@ -338,8 +338,8 @@ _JSON_ENCODER = json.JSONEncoder(
 def _normalize_params(params: Any) -> List[Dict[str, Any]]:
     """Return the normalized params as a list of mappings.
 
-    For a batch, the list has one mapping for each order, and otherwise exactly
-    one.
+    For a batch, the list has one mapping for each order. If params is not a
+    batch, it has exactly one mapping.
     """
     try:
         if isinstance(params, (list, tuple)):
@@ -353,8 +353,8 @@ def _normalize_params(params: Any) -> List[Dict[str, Any]]:
     except RecursionError:  # Caught first: it is a subclass of RuntimeError.
         raise ValueError("params: pass fewer levels of nesting") from None
     except RuntimeError as error:
-        # Another thread has changed a mapping while it was read. (Only custom
-        # mappings get here, because plain dicts are copied first.)
+        # Another thread has changed a mapping while it was read. (This is not
+        # a plain dict: _normalize_mapping copies such a dict before it reads.)
         raise ValueError(
             f"params: pass a copy that no other thread changes ({error})"
         ) from None
@@ -367,8 +367,7 @@ def _needs_no_conversion(mapping: Dict[Any, Any]) -> bool:
     """Return True for a mapping of ASCII text, integers and booleans."""
     for name, value in mapping.items():
         # type() and not isinstance(), because a subclass needs conversion.
-        # ASCII only, because other text could have surrogates, which UTF-8
-        # cannot encode.
+        # Text that is not ASCII must be checked by _normalize_text.
         if type(name) is not str or not name.isascii():
             return False
         if type(value) is str:
@@ -411,8 +410,9 @@ def _normalize_name(name: Any, place: str) -> str:
         raise TypeError(
             f"{place}: pass names as str, not {_describe_value(name)}"
         )
-    # ascii() escapes surrogates, so that the message can be printed.
-    return _normalize_text(name, f"{place}, name {ascii(_hide_long(name))}")
+    # ascii() escapes surrogates, so that the error message can be printed.
+    shown_name = ascii(_hide_long(name))
+    return _normalize_text(name, f"{place}, name {shown_name}")
 
 
 def _normalize_value(value: Any, place: str) -> Any:
@@ -523,8 +523,10 @@ def _make_canonical_string(
     window: int,
 ) -> str:
     """Return the canonical string of normalized mappings."""
-    is_str = isinstance(instruction, str)
-    if not is_str or not _INSTRUCTION_PATTERN.fullmatch(instruction):
+    if not (
+        isinstance(instruction, str)
+        and _INSTRUCTION_PATTERN.fullmatch(instruction)
+    ):
         raise ValueError(
             "instruction: pass only letters and digits, as in 'orderExecute'"
         )
@@ -831,7 +833,8 @@ def _make_request(
     """Return a request with params in its query (GET) or its JSON body."""
     if method == "GET":
         return Request(url + _query_string(params_to_send), headers=headers)
-    json_text = _JSON_ENCODER.encode(params_to_send)  # "{}" without params
+    # If there are no params, this is "{}".
+    json_text = _JSON_ENCODER.encode(params_to_send)
     all_headers = dict(headers)
     all_headers["Content-Type"] = "application/json; charset=utf-8"
     return Request(url, json_text.encode(), all_headers, method=method)
@@ -898,7 +901,7 @@ class Response(NamedTuple):
     """A response of any status.
 
     The names of headers are not case-sensitive. A compressed body is already
-    unpacked, although the headers still have its Content-Encoding.
+    decompressed, although the headers still have its Content-Encoding.
     """
 
     status: int
@@ -910,11 +913,13 @@ class _ResponseStream(io.RawIOBase):
     """A stream that reads one response from a socket.
 
     It differs from the stream that sock.makefile() returns in two ways:
-    - It raises TimeoutError if the whole response takes longer than the
-      timeout. (The timeout of a socket begins again with every read, so a
-      slow server could make a response last forever.)
+    - It times out if the whole response takes longer than the timeout. (The
+      timeout of a socket begins again with every read, so a slow server could
+      make a response last forever.)
     - It raises EOFError if the server closes the connection, except after
       allow_close. (http.client alone would accept headers that are cut off.)
+
+    Closing this stream does not close the socket.
     """
 
     def __init__(self, sock: Any, timeout: float) -> None:
@@ -937,9 +942,9 @@ class _ResponseStream(io.RawIOBase):
         return size
 
     def allow_close(self) -> None:
-        """From now on, take a close by the server for the end of the response.
+        """From now on, a close by the server is the end of the response.
 
-        Only a body of unknown length may end in this way.
+        Call this only for a body of unknown length.
         """
         self._is_close_allowed = True
 
@@ -948,15 +953,14 @@ class _TimedResponse(http.client.HTTPResponse):
     """An HTTPResponse that reads from a _ResponseStream."""
 
     def __init__(self, sock: Any, method: str, timeout: float) -> None:
-        # This keeps the debugging switch of http.client working.
+        # HTTPConnection passes its debuglevel to each response. Do the same.
         debuglevel = http.client.HTTPConnection.debuglevel
         super().__init__(sock, debuglevel, method)
         # HTTPResponse reads from self.fp, which it has made with
-        # sock.makefile(). Replace it. (This close() leaves the socket open.)
+        # sock.makefile(). Replace it by one that reads from a _ResponseStream.
+        # Closing the old or the new self.fp does not close the socket.
         self.fp.close()
         self.stream = _ResponseStream(sock, timeout)
-        # When the response is closed, it closes the new self.fp. That also
-        # leaves the socket open.
         self.fp = io.BufferedReader(self.stream)
 
 
@@ -1046,9 +1050,9 @@ def _ask_for_tunnel(
     for name, value in proxy.headers.items():
         connection.putheader(name, value)
     connection.endheaders()
-    # The with statement closes the response, and leaves the socket open. Bytes
-    # after the headers would be lost if they had been received already. But
-    # there are none: the proxy has nothing to send until this side begins TLS.
+    # The with statement closes the response, but not the socket. The response
+    # has a read buffer, which is then lost. But it is empty, because the proxy
+    # sends nothing after its headers until this side begins TLS.
     with _TimedResponse(connection.sock, "CONNECT", timeout) as response:
         response.begin()  # receives the status and the headers
     if response.status != 200:
@@ -1066,7 +1070,7 @@ def _open_tunnel(
     sock = _open_socket(connection)
     try:
         _ask_for_tunnel(connection, target, proxy, timeout)
-        sock.settimeout(timeout)  # _ResponseStream has reduced it.
+        sock.settimeout(timeout)  # _ask_for_tunnel has used up a part of it.
         return context.wrap_socket(sock, server_hostname=url.hostname)
     except BaseException:
         sock.close()
@@ -1095,8 +1099,9 @@ def _connect(request: Request, timeout: float) -> Any:
 class _IdleConnections:
     """The idle connections of one thread.
 
-    This is a class and not a plain dict, so that __del__ can close the
-    connections when the thread ends.
+    _ThreadLocal has one such object for each thread. When the thread ends,
+    Python deletes the object and calls its __del__, which closes the
+    connections. (A plain dict would have no __del__.)
     """
 
     def __init__(self) -> None:
@@ -1106,10 +1111,7 @@ class _IdleConnections:
         self.by_endpoint: Dict[Any, Tuple[Any, float]] = {}
 
     def __del__(self) -> None:
-        """Close the connections: Python calls this when the thread ends.
-
-        Otherwise, Python would show a ResourceWarning for each of them.
-        """
+        # Otherwise, Python would show a ResourceWarning for each of them.
         for sock, _ in self.by_endpoint.values():
             sock.close()
 
@@ -1129,9 +1131,9 @@ def _is_stale(sock: Any) -> bool:
 
     Nothing should arrive on an idle connection. If there is something to
     read, the server has closed it, or has sent bytes that answer no request.
-    A connection that cannot be checked is not used either. (A TLS session
-    ticket that arrives late is harmless, but it looks the same, so it also
-    makes a connection stale. That costs only a new connection.)
+    A connection that cannot be checked is not used either. (A late TLS session
+    ticket is harmless, but it cannot be told apart from other bytes. The only
+    cost is a new connection.)
     """
     # A TLS socket may hold bytes that it has received and decrypted. A
     # selector does not see them.
@@ -1176,15 +1178,15 @@ def _check_body_size(body: Union[bytes, bytearray]) -> None:
 
 def _check_response_headers(headers: http.client.HTTPMessage) -> None:
     """Raise if the headers leave it unclear where the body ends."""
-    # http.client parses headers as those of an e-mail. Its parser stops at a
-    # line that is not a header. Then it notes a defect, or takes the remaining
-    # lines for the text of the e-mail, which is called payload. In both cases,
-    # the remaining headers are lost, such as a Content-Length.
+    # http.client parses headers with the parser for e-mails. At a malformed
+    # line, it stops, and all later headers are lost, perhaps a Content-Length.
+    # Then either headers.defects has an item, or the payload (the text of the
+    # e-mail) has the remaining lines. If all headers are good, both are empty.
     if headers.defects or headers.get_payload():
         raise http.client.HTTPException("a header is malformed")
     content_lengths = headers.get_all("Content-Length", [])
     transfer_encodings = headers.get_all("Transfer-Encoding", [])
-    # More than one of them could contradict each other.
+    # Two of them could contradict each other.
     if len(content_lengths) + len(transfer_encodings) > 1:
         raise http.client.HTTPException(
             "more than one Content-Length or Transfer-Encoding"
@@ -1193,7 +1195,8 @@ def _check_response_headers(headers: http.client.HTTPMessage) -> None:
 
 def _ends_by_close(response: _TimedResponse) -> bool:
     """Return whether only a close by the server shows where the body ends."""
-    # length is the Content-Length, and 0 for a response that has no body.
+    # length is None if there is no valid Content-Length. It is 0 if there can
+    # be no body, as in a 204. A chunked body marks its own end.
     return not response.chunked and response.length is None
 
 
@@ -1217,12 +1220,15 @@ def _read_raw_body(response: _TimedResponse) -> bytes:
         _check_body_size(body)
 
 
-def _unpack(data: bytes) -> bytes:
-    """Unpack one gzip stream. (Servers do not send several in one body.)"""
+def _decompress(data: bytes) -> bytes:
+    """Return the decompressed bytes of one gzip stream.
+
+    Servers do not send several streams in one body.
+    """
     gzip_format = 16 + zlib.MAX_WBITS  # Adding 16 selects the gzip format.
     decompressor = zlib.decompressobj(gzip_format)
-    # Stop one byte after the limit. Then _check_body_size refuses the body,
-    # and no large body is unpacked whole.
+    # Decompress at most one byte more than the limit. This is enough to see
+    # that a body is too large, without decompressing all of it.
     body = decompressor.decompress(data, MAX_BODY + 1)
     _check_body_size(body)
     if not decompressor.eof or decompressor.unused_data:
@@ -1233,7 +1239,7 @@ def _unpack(data: bytes) -> bytes:
 
 
 def _read_body(response: _TimedResponse) -> bytes:
-    """Return the unpacked body; raise an error if it cannot be read."""
+    """Return the decompressed body; raise an error if it cannot be read."""
     raw_body = _read_raw_body(response)
     encodings = response.headers.get_all("Content-Encoding", [])
     encoding = ", ".join(encodings).strip().lower()
@@ -1245,7 +1251,7 @@ def _read_body(response: _TimedResponse) -> bytes:
         )
     if not raw_body:  # such as a 204 with a Content-Encoding
         return b""
-    return _unpack(raw_body)
+    return _decompress(raw_body)
 
 
 def _read_error_body(response: _TimedResponse) -> Optional[bytes]:
@@ -1269,9 +1275,8 @@ def _is_reusable(response: _TimedResponse, body: Optional[bytes]) -> bool:
         # The rest of the body could be mistaken for the next response.
         return False
     if response.status == 408:
-        # A server may send 408 because the connection was idle for long. If it
-        # did so just before this request arrived, then this 408 is not the
-        # response to this request, and the real one could follow.
+        # A server may send 408 to an idle connection before it closes it. Such
+        # a 408 is not the response to this request, which could still follow.
         return False
     return True
 
@@ -1281,10 +1286,10 @@ def _receive(sock: Any, method: str, timeout: float) -> Tuple[Response, bool]:
 
     Return it, and whether the connection can be used for another request.
     """
-    # The with statement closes the response, and leaves the socket open. Bytes
-    # that were received after the end of the response are dropped, so they
-    # cannot be mistaken for the next response. (If more bytes arrive later,
-    # _is_stale finds them.)
+    # The with statement closes the response, but not the socket. The read
+    # buffer of the response is then lost. If it has bytes that follow the end
+    # of the response, they cannot be mistaken for the next response. (If more
+    # bytes follow in the socket, _is_stale finds them.)
     with _TimedResponse(sock, method, timeout) as response:
         response.begin()  # receives the status and the headers
         if response.status < 200:
@@ -1297,7 +1302,7 @@ def _receive(sock: Any, method: str, timeout: float) -> Tuple[Response, bool]:
         else:
             body = _read_error_body(response)
     is_reusable = _is_reusable(response, body)
-    if body is None:
+    if body is None:  # Only _is_reusable needs to know this.
         body = b""
     return Response(response.status, response.headers, body), is_reusable
 
@@ -1307,10 +1312,11 @@ def _send_and_receive(
 ) -> Tuple[Response, bool]:
     """Send a request once, and return what _receive returns."""
     try:
-        # http.client adds Content-Length. It would also add Accept-Encoding
-        # and Host, but not if they are passed.
         headers = {
+            # Otherwise, http.client would pass "identity".
             "Accept-Encoding": "gzip" if _HAS_ZLIB else "identity",
+            # Otherwise, http.client would leave out the port 80, even for
+            # https, because _OpenConnection is a connection for http.
             "Host": request.host,
             **request.headers,
         }
@@ -1339,8 +1345,8 @@ def _check_timeout(timeout: Any) -> None:
 def send(request: Request, *, timeout: float = DEFAULT_TIMEOUT) -> Response:
     """Send a request made by build_request, once; return the response.
 
-    The response may have any status from 200 on. If it is not 2xx, the body is
-    not guaranteed: it may be incomplete, and it is empty if reading it failed.
+    The response may have any status from 200 on. If the status is not 2xx, the
+    body may be incomplete, and it is empty if reading it failed.
 
     timeout is in seconds. It limits each of these steps, and not the whole
     call:
@@ -1348,7 +1354,7 @@ def send(request: Request, *, timeout: float = DEFAULT_TIMEOUT) -> Response:
     - open the tunnel, if there is a proxy
     - begin TLS, if the URL is https
     - send the headers
-    - send the body (over https, each 16 KB of it)
+    - send the body (over https, the time begins again after every 16 KB)
     - receive the whole response
     Looking up the addresses of the host has no timeout.
 
@@ -1397,8 +1403,8 @@ def _decode_or_raise(request: Request, response: Response) -> Any:
     try:
         body = _decode(response.body)
     except Exception as error:  # such as MemoryError
-        # The request was sent, but any Exception other than a BPXError would
-        # tell the caller that nothing was sent (see request).
+        # The function request promises that nothing was sent if an Exception
+        # is not a BPXError. But here the request was sent.
         raise UnknownOutcomeError(request, _describe_error(error)) from error
     if not _is_success(response.status):
         raise APIError(request, response.status, body, response.headers)
@@ -1547,8 +1553,8 @@ def _make_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("method", metavar="METHOD", type=str.upper, help="such as GET")
     add("path", metavar="PATH", help="such as /api/v1/order")
-    # default=[] is only for the error message about a missing PATH. Without
-    # it, the message would say that name=text is missing too.
+    # Without default=[], the error message for a missing PATH would say that
+    # name=text is missing, too.
     add(
         "pairs", metavar="name=text", nargs="*", default=[], help="a parameter"
     )
@@ -1773,15 +1779,18 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     try:
         params = _read_params(args)
         secret_key = _read_secret_key(args)
+        shown_request = ""
         if args.dry_run:
-            result: Any = _dry_run(args, params, secret_key)
+            shown_request = _dry_run(args, params, secret_key)
     except KeyboardInterrupt:
         _fail(2, "interrupted (nothing was sent)")
     except Exception as error:
         _fail(2, _describe_error(error))
-    if not args.dry_run:
-        result = _run(args, params, secret_key)  # It exits if it fails.
-    _print_result(result, args.dry_run)
+    if args.dry_run:
+        _print_result(shown_request, is_dry_run=True)
+    else:
+        body = _run(args, params, secret_key)  # It exits if it fails.
+        _print_result(body, is_dry_run=False)
 
 
 if __name__ == "__main__":
