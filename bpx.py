@@ -47,8 +47,8 @@ signatures are base64, and text is UTF-8. Pass prices and quantities as str or
 Decimal, never as float. The file needs Python 3.8 or later, and PyNaCl for
 signing.
 
-There are no functions for single operations, such as place_order: instead,
-you pass the method and the path of the operation. This module has no
+There is no separate function for each operation, such as place_order: you
+pass the method and the path of the operation. This module has no
 WebSocket streams, never repeats a request, and has no rate limiter. It uses
 the environment variables https_proxy and no_proxy, and on Windows and macOS
 also the proxy in the settings of the system. Python's ssl module also reads
@@ -114,11 +114,12 @@ DEFAULT_WINDOW = 5000  # milliseconds for which a signed request is valid
 MAX_WINDOW = 60000  # milliseconds, the exchange's limit
 DEFAULT_TIMEOUT = 10.0  # seconds for each step of a request (see send)
 MAX_IDLE = 15.0  # seconds after which an idle connection is not used again
-MAX_BODY = 16 * 1024 * 1024  # bytes of a response body, also decompressed
+MAX_BODY = 16 * 1024 * 1024  # bytes of a body, as received and decompressed
 
-# A secret key has 43 characters and a final "=". On the command line, where
-# parameters are written as name=text, it looks like a name of 43 characters
-# with an empty text. So _hide_long hides texts of this length and more.
+# A secret key has 44 characters, and the last one is "=". The command line
+# splits name=text at the "=". So a key that is passed there by mistake becomes
+# a name of 43 characters. That is why _hide_long hides texts of 43 characters
+# or more.
 _MIN_HIDDEN_LENGTH = 43
 
 # The parameters of a request: None, a mapping of names to values, or (for a
@@ -194,8 +195,8 @@ class BPXError(Exception):
 
     Its attribute request is the urllib.request.Request that failed, and
     reason is a str that says what went wrong. If outcome_unknown is True, the
-    exchange may have executed the request although there was an error: see
-    UnknownOutcomeError before you repeat an order. The headers of a signed
+    exchange may have executed the request although there was an error. Before
+    you repeat an order, read UnknownOutcomeError. The headers of a signed
     request hold its signature: do not log them before timestamp + window has
     passed.
     """
@@ -238,14 +239,14 @@ class APIError(BPXError):
             self.message = body
         self.outcome_unknown = status == 408 or status >= 500
         reason = str(status)
-        # Add the code and the message, if they are simple values. (A list or
-        # a dict would make the text long and hard to read.)
+        # Add the code and the message, each cut to 300 characters. Leave out
+        # lists and dicts, which would be hard to read.
         for field in (self.code, self.message):
             if isinstance(field, (str, int, float)):
                 reason += " " + str(field)[:300]
         super().__init__(request, reason)
-        # pickle rebuilds an error by calling APIError(*args). Without this
-        # line, args would have two values, but __init__ needs four.
+        # BPXError has set args to (request, reason). But pickle rebuilds an
+        # error by APIError(*args), so they must be the arguments of __init__.
         self.args = (request, status, body, headers)
 
 
@@ -318,14 +319,14 @@ def _check_str(value: Any, place: str) -> None:
 #
 # First the parameters are normalized: they are converted to dict, list, str,
 # int and bool, and every None is left out. The signed text and the request
-# that is sent are both made from the normalized values, so they agree. (One
-# exception: an empty list is sent in a JSON body, but adds nothing to the
-# signed text.)
+# that is sent are both made from the normalized values, so they agree. (They
+# differ in one case: an empty list is in a JSON body, but not in the signed
+# text.)
 #
 # Subclasses of str, int and Decimal are converted to the plain type, because
-# a subclass may have another __str__. This is done by str.__str__(text) and
-# int.__int__(value), and not by str(text) and int(value), because these would
-# call the methods of the subclass.
+# a subclass may have another __str__. str(text) would call it, and
+# str.__str__(text) does not. In the same way, int.__int__(value) is used
+# instead of int(value).
 
 _INSTRUCTION_PATTERN = re.compile("[A-Za-z0-9]+")
 
@@ -353,8 +354,8 @@ def _normalize_params(params: Any) -> List[Dict[str, Any]]:
     except RecursionError:  # Caught first: it is a subclass of RuntimeError.
         raise ValueError("params: pass fewer levels of nesting") from None
     except RuntimeError as error:
-        # Another thread has changed a mapping while it was read. (This is not
-        # a plain dict: _normalize_mapping copies such a dict before it reads.)
+        # Another thread has changed a custom mapping while it was read. (A
+        # plain dict cannot cause this, because only a copy of it is read.)
         raise ValueError(
             f"params: pass a copy that no other thread changes ({error})"
         ) from None
@@ -373,7 +374,7 @@ def _needs_no_conversion(mapping: Dict[Any, Any]) -> bool:
         if type(value) is str:
             if not value.isascii():
                 return False
-        elif type(value) is not int and type(value) is not bool:
+        elif type(value) not in (int, bool):
             return False
     return True
 
@@ -396,7 +397,7 @@ def _normalize_mapping(mapping: Any, place: str) -> Dict[str, Any]:
     for name, value in mapping.items():
         name = _normalize_name(name, place)
         value = _normalize_value(value, f"{place}.{_hide_long(name)}")
-        # items() of a custom mapping may return a name twice.
+        # A dict has each name once, but a custom mapping may repeat a name.
         if name in normalized:
             raise ValueError(f"{place}: pass each name only once")
         if value is not None:
@@ -833,7 +834,7 @@ def _make_request(
     """Return a request with params in its query (GET) or its JSON body."""
     if method == "GET":
         return Request(url + _query_string(params_to_send), headers=headers)
-    # If there are no params, this is "{}".
+    # Without params, the body is "{}" and not empty.
     json_text = _JSON_ENCODER.encode(params_to_send)
     all_headers = dict(headers)
     all_headers["Content-Type"] = "application/json; charset=utf-8"
@@ -894,7 +895,7 @@ def build_request(
 # mistaken for the response to the next request.
 #
 # What is kept is only the socket. For each request, a new _OpenConnection
-# writes to it, and a new _TimedResponse reads from it.
+# writes to it, and a new HTTPResponse reads from it through a _ResponseStream.
 
 
 class Response(NamedTuple):
@@ -912,12 +913,13 @@ class Response(NamedTuple):
 class _ResponseStream(io.RawIOBase):
     """A stream that reads one response from a socket.
 
-    It differs from the stream that sock.makefile() returns in two ways:
+    It differs from the stream of the socket itself in two ways:
     - It times out if the whole response takes longer than the timeout. (The
       timeout of a socket begins again with every read, so a slow server could
       make a response last forever.)
-    - It raises EOFError if the server closes the connection, except after
-      allow_close. (http.client alone would accept headers that are cut off.)
+    - It raises EOFError if the server closes the connection, unless
+      allow_close was called. (http.client would take headers that are cut off
+      for complete ones.)
 
     Closing this stream does not close the socket.
     """
@@ -941,6 +943,10 @@ class _ResponseStream(io.RawIOBase):
             raise EOFError("the server closed before the end of the response")
         return size
 
+    def makefile(self, mode: str) -> io.BufferedReader:
+        """Return this stream with a buffer, as socket.makefile does."""
+        return io.BufferedReader(self)
+
     def allow_close(self) -> None:
         """From now on, a close by the server is the end of the response.
 
@@ -949,23 +955,19 @@ class _ResponseStream(io.RawIOBase):
         self._is_close_allowed = True
 
 
-class _TimedResponse(http.client.HTTPResponse):
-    """An HTTPResponse that reads from a _ResponseStream."""
-
-    def __init__(self, sock: Any, method: str, timeout: float) -> None:
-        # HTTPConnection passes its debuglevel to each response. Do the same.
-        debuglevel = http.client.HTTPConnection.debuglevel
-        super().__init__(sock, debuglevel, method)
-        # HTTPResponse reads from self.fp, which it has made with
-        # sock.makefile(). Replace it by one that reads from a _ResponseStream.
-        # Closing the old or the new self.fp does not close the socket.
-        self.fp.close()
-        self.stream = _ResponseStream(sock, timeout)
-        self.fp = io.BufferedReader(self.stream)
+def _make_response(stream: Any, method: str) -> http.client.HTTPResponse:
+    """Return a response that will be read from a _ResponseStream."""
+    # HTTPResponse expects a socket, but it only calls its makefile method. The
+    # debuglevel is passed so that the debug output of http.client works.
+    debuglevel = http.client.HTTPConnection.debuglevel
+    return http.client.HTTPResponse(stream, debuglevel, method)
 
 
 class _OpenConnection(http.client.HTTPConnection):
-    """An HTTPConnection that uses a socket which is already connected."""
+    """An HTTPConnection that only writes a request to a connected socket.
+
+    For https, the socket is already a TLS socket.
+    """
 
     def __init__(self, host: str, sock: Any) -> None:
         super().__init__(host)
@@ -1050,13 +1052,14 @@ def _ask_for_tunnel(
     for name, value in proxy.headers.items():
         connection.putheader(name, value)
     connection.endheaders()
-    # The with statement closes the response, but not the socket. The response
-    # has a read buffer, which is then lost. But it is empty, because the proxy
-    # sends nothing after its headers until this side begins TLS.
-    with _TimedResponse(connection.sock, "CONNECT", timeout) as response:
+    stream = _ResponseStream(connection.sock, timeout)
+    # Closing the response discards its read buffer, but does not close the
+    # socket. No bytes of TLS are in the buffer, because the proxy sends none
+    # until this side begins TLS.
+    with _make_response(stream, "CONNECT") as response:
         response.begin()  # receives the status and the headers
-    if response.status != 200:
-        raise OSError(f"the proxy has answered {response.status}")
+        if response.status != 200:
+            raise OSError(f"the proxy has answered {response.status}")
 
 
 def _open_tunnel(
@@ -1070,7 +1073,7 @@ def _open_tunnel(
     sock = _open_socket(connection)
     try:
         _ask_for_tunnel(connection, target, proxy, timeout)
-        sock.settimeout(timeout)  # _ask_for_tunnel has used up a part of it.
+        sock.settimeout(timeout)  # _ResponseStream has set a shorter one.
         return context.wrap_socket(sock, server_hostname=url.hostname)
     except BaseException:
         sock.close()
@@ -1096,44 +1099,14 @@ def _connect(request: Request, timeout: float) -> Any:
     )
 
 
-class _IdleConnections:
-    """The idle connections of one thread.
-
-    _ThreadLocal has one such object for each thread. When the thread ends,
-    Python deletes the object and calls its __del__, which closes the
-    connections. (A plain dict would have no __del__.)
-    """
-
-    def __init__(self) -> None:
-        # Each key is an endpoint: (process id, scheme, HOST or HOST:PORT).
-        # Each value has the socket, and the time.monotonic() at which its last
-        # response ended.
-        self.by_endpoint: Dict[Any, Tuple[Any, float]] = {}
-
-    def __del__(self) -> None:
-        # Otherwise, Python would show a ResourceWarning for each of them.
-        for sock, _ in self.by_endpoint.values():
-            sock.close()
-
-
-class _ThreadLocal(threading.local):
-    """Gives each thread its own idle_connections."""
-
-    def __init__(self) -> None:  # Python calls this once in each thread.
-        self.idle_connections = _IdleConnections()
-
-
-_thread_local = _ThreadLocal()
-
-
 def _is_stale(sock: Any) -> bool:
     """Return whether an idle connection must not be used again.
 
     Nothing should arrive on an idle connection. If there is something to
     read, the server has closed it, or has sent bytes that answer no request.
     A connection that cannot be checked is not used either. (A late TLS session
-    ticket is harmless, but it cannot be told apart from other bytes. The only
-    cost is a new connection.)
+    ticket also counts as stale, because it looks like any other bytes. That
+    costs only a new connection.)
     """
     # A TLS socket may hold bytes that it has received and decrypted. A
     # selector does not see them.
@@ -1149,25 +1122,55 @@ def _is_stale(sock: Any) -> bool:
         return True
 
 
-def _take_idle_connection(endpoint: Any) -> Any:
-    """Remove the idle connection to an endpoint, and return its socket.
+class _IdleConnections:
+    """The idle connections of one thread, one for each endpoint.
 
-    Return None if the thread has no such connection. If the connection is too
-    old or stale, close it and return None.
+    An endpoint is (process id, scheme, HOST or HOST:PORT).
     """
-    by_endpoint = _thread_local.idle_connections.by_endpoint
-    if endpoint not in by_endpoint:
-        return None
-    sock, idle_since = by_endpoint.pop(endpoint)
-    idle_time = time.monotonic() - idle_since
-    if idle_time >= MAX_IDLE or _is_stale(sock):
-        sock.close()
-        return None
-    return sock
+
+    def __init__(self) -> None:
+        # The socket for each endpoint, and the time.monotonic() since when it
+        # is idle.
+        self._by_endpoint: Dict[Any, Tuple[Any, float]] = {}
+
+    def put(self, endpoint: Any, sock: Any) -> None:
+        """Keep a connected socket."""
+        self._by_endpoint[endpoint] = (sock, time.monotonic())
+
+    def take(self, endpoint: Any) -> Any:
+        """Return the socket for an endpoint, and keep it no longer.
+
+        Return None if there is none. If the socket is too old or stale, close
+        it and return None.
+        """
+        if endpoint not in self._by_endpoint:
+            return None
+        sock, idle_since = self._by_endpoint.pop(endpoint)
+        idle_time = time.monotonic() - idle_since
+        if idle_time >= MAX_IDLE or _is_stale(sock):
+            sock.close()
+            return None
+        return sock
+
+    def __del__(self) -> None:
+        # When a thread ends, Python deletes its _IdleConnections and so calls
+        # this. Without it, there would be a ResourceWarning for each socket.
+        for sock, _ in self._by_endpoint.values():
+            sock.close()
+
+
+class _ThreadLocal(threading.local):
+    """Gives each thread its own idle_connections."""
+
+    def __init__(self) -> None:  # Python calls this once in each thread.
+        self.idle_connections = _IdleConnections()
+
+
+_thread_local = _ThreadLocal()
 
 
 def _is_success(status: int) -> bool:
-    """Return whether a status is 2xx. (_receive refuses 1xx.)"""
+    """Return whether a status is 2xx. (_receive refuses those below 200.)"""
     return status < 300
 
 
@@ -1176,13 +1179,18 @@ def _check_body_size(body: Union[bytes, bytearray]) -> None:
         raise http.client.HTTPException("the body is larger than MAX_BODY")
 
 
+def _has_malformed_line(headers: http.client.HTTPMessage) -> bool:
+    """Return whether a line was malformed, so that headers are missing."""
+    # http.client parses headers with the parser for e-mails. For a malformed
+    # line, this parser adds a defect. Or it takes that line and all lines
+    # after it for the text of the e-mail, which get_payload returns.
+    return bool(headers.defects or headers.get_payload())
+
+
 def _check_response_headers(headers: http.client.HTTPMessage) -> None:
     """Raise if the headers leave it unclear where the body ends."""
-    # http.client parses headers with the parser for e-mails. At a malformed
-    # line, it stops, and all later headers are lost, perhaps a Content-Length.
-    # Then either headers.defects has an item, or the payload (the text of the
-    # e-mail) has the remaining lines. If all headers are good, both are empty.
-    if headers.defects or headers.get_payload():
+    if _has_malformed_line(headers):
+        # A Content-Length could be missing.
         raise http.client.HTTPException("a header is malformed")
     content_lengths = headers.get_all("Content-Length", [])
     transfer_encodings = headers.get_all("Transfer-Encoding", [])
@@ -1193,24 +1201,20 @@ def _check_response_headers(headers: http.client.HTTPMessage) -> None:
         )
 
 
-def _ends_by_close(response: _TimedResponse) -> bool:
-    """Return whether only a close by the server shows where the body ends."""
-    # length is None if there is no valid Content-Length. It is 0 if there can
-    # be no body, as in a 204. A chunked body marks its own end.
+def _ends_by_close(response: http.client.HTTPResponse) -> bool:
+    """Return whether the body ends only when the server closes."""
+    # response.length is None if there is no valid Content-Length. It is 0 if
+    # the response cannot have a body. A chunked body marks its own end.
     return not response.chunked and response.length is None
 
 
-def _read_raw_body(response: _TimedResponse) -> bytes:
+def _read_raw_body(response: http.client.HTTPResponse) -> bytes:
     """Return the body as it was received, perhaps compressed."""
     _check_response_headers(response.headers)
-    if _ends_by_close(response):
-        # Nothing shows whether the body is complete. Accept that only for an
-        # error.
-        if _is_success(response.status):
-            raise http.client.HTTPException(
-                "without a Content-Length, the body could be incomplete"
-            )
-        response.stream.allow_close()
+    if _ends_by_close(response) and _is_success(response.status):
+        raise http.client.HTTPException(
+            "without a Content-Length, the body could be incomplete"
+        )
     body = bytearray()
     while True:
         part = response.read1(65536)
@@ -1223,7 +1227,7 @@ def _read_raw_body(response: _TimedResponse) -> bytes:
 def _decompress(data: bytes) -> bytes:
     """Return the decompressed bytes of one gzip stream.
 
-    Servers do not send several streams in one body.
+    A second stream after it is refused. (Servers do not send one.)
     """
     gzip_format = 16 + zlib.MAX_WBITS  # Adding 16 selects the gzip format.
     decompressor = zlib.decompressobj(gzip_format)
@@ -1238,7 +1242,7 @@ def _decompress(data: bytes) -> bytes:
     return body
 
 
-def _read_body(response: _TimedResponse) -> bytes:
+def _read_body(response: http.client.HTTPResponse) -> bytes:
     """Return the decompressed body; raise an error if it cannot be read."""
     raw_body = _read_raw_body(response)
     encodings = response.headers.get_all("Content-Encoding", [])
@@ -1254,31 +1258,33 @@ def _read_body(response: _TimedResponse) -> bytes:
     return _decompress(raw_body)
 
 
-def _read_error_body(response: _TimedResponse) -> Optional[bytes]:
+def _read_error_body(
+    response: http.client.HTTPResponse, stream: _ResponseStream
+) -> Optional[bytes]:
     """Return the body of an error, or None if it cannot be read.
 
     The status of an error is enough, so its body is not required.
     """
+    if _ends_by_close(response):
+        stream.allow_close()
     try:
         return _read_body(response)
     except Exception:
         return None
 
 
-def _is_reusable(response: _TimedResponse, body: Optional[bytes]) -> bool:
+def _is_reusable(
+    response: http.client.HTTPResponse, body: Optional[bytes]
+) -> bool:
     """Return whether the connection can be used for another request."""
-    if response.will_close:
-        # The server has announced that it will close the connection, or only
-        # the close shows where the body ends.
-        return False
     if body is None:
         # The rest of the body could be mistaken for the next response.
         return False
     if response.status == 408:
-        # A server may send 408 to an idle connection before it closes it. Such
-        # a 408 is not the response to this request, which could still follow.
+        # The server may have sent this because the connection was idle, before
+        # it saw the request. Then the real response could still arrive.
         return False
-    return True
+    return not response.will_close
 
 
 def _receive(sock: Any, method: str, timeout: float) -> Tuple[Response, bool]:
@@ -1286,11 +1292,11 @@ def _receive(sock: Any, method: str, timeout: float) -> Tuple[Response, bool]:
 
     Return it, and whether the connection can be used for another request.
     """
-    # The with statement closes the response, but not the socket. The read
-    # buffer of the response is then lost. If it has bytes that follow the end
-    # of the response, they cannot be mistaken for the next response. (If more
-    # bytes follow in the socket, _is_stale finds them.)
-    with _TimedResponse(sock, method, timeout) as response:
+    stream = _ResponseStream(sock, timeout)
+    # Closing the response discards its read buffer, but does not close the
+    # socket. So extra bytes after the response cannot be taken for the next
+    # response. (_is_stale finds extra bytes that are still in the socket.)
+    with _make_response(stream, method) as response:
         response.begin()  # receives the status and the headers
         if response.status < 200:
             # http.client skips the status 100, but not 101 and the others.
@@ -1300,11 +1306,20 @@ def _receive(sock: Any, method: str, timeout: float) -> Tuple[Response, bool]:
         if _is_success(response.status):
             body: Optional[bytes] = _read_body(response)
         else:
-            body = _read_error_body(response)
-    is_reusable = _is_reusable(response, body)
-    if body is None:  # Only _is_reusable needs to know this.
-        body = b""
-    return Response(response.status, response.headers, body), is_reusable
+            body = _read_error_body(response, stream)
+    # For the caller, a body that could not be read (None) is empty.
+    result = Response(response.status, response.headers, body or b"")
+    return result, _is_reusable(response, body)
+
+
+def _headers_to_send(request: Request) -> Dict[str, str]:
+    """Return all headers but Content-Length, which http.client adds."""
+    headers = dict(request.headers)
+    headers["Accept-Encoding"] = "gzip" if _HAS_ZLIB else "identity"
+    # http.client would take _OpenConnection for a connection of plain http. So
+    # for https://HOST:80 it would send only HOST.
+    headers["Host"] = request.host
+    return headers
 
 
 def _send_and_receive(
@@ -1312,18 +1327,9 @@ def _send_and_receive(
 ) -> Tuple[Response, bool]:
     """Send a request once, and return what _receive returns."""
     try:
-        headers = {
-            # Otherwise, http.client would pass "identity".
-            "Accept-Encoding": "gzip" if _HAS_ZLIB else "identity",
-            # Otherwise, http.client would leave out the port 80, even for
-            # https, because _OpenConnection is a connection for http.
-            "Host": request.host,
-            **request.headers,
-        }
-        # This connection only writes the request. For https it needs no TLS of
-        # its own, because sock is already a TLS socket.
-        connection = _OpenConnection(request.host, sock)
         method = request.get_method()
+        headers = _headers_to_send(request)
+        connection = _OpenConnection(request.host, sock)
         sock.settimeout(timeout)
         connection.request(method, request.selector, request.data, headers)
         return _receive(sock, method, timeout)
@@ -1343,7 +1349,7 @@ def _check_timeout(timeout: Any) -> None:
 
 
 def send(request: Request, *, timeout: float = DEFAULT_TIMEOUT) -> Response:
-    """Send a request made by build_request, once; return the response.
+    """Send a request from build_request once, and return the response.
 
     The response may have any status from 200 on. If the status is not 2xx, the
     body may be incomplete, and it is empty if reading it failed.
@@ -1354,7 +1360,7 @@ def send(request: Request, *, timeout: float = DEFAULT_TIMEOUT) -> Response:
     - open the tunnel, if there is a proxy
     - begin TLS, if the URL is https
     - send the headers
-    - send the body (over https, the time begins again after every 16 KB)
+    - send the body (over https, each 16 KB of the body has its own timeout)
     - receive the whole response
     Looking up the addresses of the host has no timeout.
 
@@ -1366,8 +1372,9 @@ def send(request: Request, *, timeout: float = DEFAULT_TIMEOUT) -> Response:
     # The process id is included, so that a forked child does not use the
     # connections of its parent.
     endpoint = (os.getpid(), request.type, request.host)
+    idle_connections = _thread_local.idle_connections
     try:
-        sock = _take_idle_connection(endpoint)
+        sock = idle_connections.take(endpoint)
         if sock is None:
             sock = _connect(request, timeout)
     except Exception as error:
@@ -1375,8 +1382,7 @@ def send(request: Request, *, timeout: float = DEFAULT_TIMEOUT) -> Response:
     try:
         response, is_reusable = _send_and_receive(sock, request, timeout)
         if is_reusable:
-            idle = (sock, time.monotonic())
-            _thread_local.idle_connections.by_endpoint[endpoint] = idle
+            idle_connections.put(endpoint, sock)
         else:
             sock.close()
     except Exception as error:
@@ -1398,16 +1404,16 @@ def _decode(body: bytes) -> Any:
         return text
 
 
-def _decode_or_raise(request: Request, response: Response) -> Any:
+def _decode_or_raise(built: Request, response: Response) -> Any:
     """Return the decoded body of a response, or raise a BPXError."""
     try:
         body = _decode(response.body)
     except Exception as error:  # such as MemoryError
-        # The function request promises that nothing was sent if an Exception
-        # is not a BPXError. But here the request was sent.
-        raise UnknownOutcomeError(request, _describe_error(error)) from error
+        # The request was sent, so this must be a BPXError: request() promises
+        # that after any other Exception nothing was sent.
+        raise UnknownOutcomeError(built, _describe_error(error)) from error
     if not _is_success(response.status):
-        raise APIError(request, response.status, body, response.headers)
+        raise APIError(built, response.status, body, response.headers)
     return body
 
 
@@ -1448,7 +1454,8 @@ def request(
         base_url=base_url,
         headers=headers,
     )
-    return _decode_or_raise(built, send(built, timeout=timeout))
+    response = send(built, timeout=timeout)
+    return _decode_or_raise(built, response)
 
 
 def get(path: str, params: Params = None, **options: Any) -> Any:
@@ -1492,7 +1499,7 @@ exit status:
   1  APIError with the status 3xx or 4xx, except 408: the request was not
      executed.
   2  Nothing was sent: a wrong argument, a missing key or module, an interrupt
-     while arguments are read, or a dry run that failed.
+     before sending, or a dry run that failed.
   3  NotSentError: the connection could not be made, so nothing was sent.
   4  The exchange may have executed the request. This is the status after an
      UnknownOutcomeError, an APIError with the status 408 or 5xx, an
@@ -1553,8 +1560,8 @@ def _make_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("method", metavar="METHOD", type=str.upper, help="such as GET")
     add("path", metavar="PATH", help="such as /api/v1/order")
-    # Without default=[], the error message for a missing PATH would say that
-    # name=text is missing, too.
+    # default=[] keeps argparse from naming name=text as missing when only PATH
+    # is missing.
     add(
         "pairs", metavar="name=text", nargs="*", default=[], help="a parameter"
     )
@@ -1779,15 +1786,15 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     try:
         params = _read_params(args)
         secret_key = _read_secret_key(args)
-        shown_request = ""
-        if args.dry_run:
-            shown_request = _dry_run(args, params, secret_key)
+        dry_run_text = (
+            _dry_run(args, params, secret_key) if args.dry_run else None
+        )
     except KeyboardInterrupt:
         _fail(2, "interrupted (nothing was sent)")
     except Exception as error:
         _fail(2, _describe_error(error))
     if args.dry_run:
-        _print_result(shown_request, is_dry_run=True)
+        _print_result(dry_run_text, is_dry_run=True)
     else:
         body = _run(args, params, secret_key)  # It exits if it fails.
         _print_result(body, is_dry_run=False)
