@@ -116,10 +116,10 @@ DEFAULT_TIMEOUT = 10.0  # seconds for each step of a request (see send)
 MAX_IDLE = 15.0  # seconds after which an idle connection is not used again
 MAX_BODY = 16 * 1024 * 1024  # bytes of a body, as received and decompressed
 
-# A secret key has 44 characters, and the last one is "=". The command line
-# splits name=text at the "=". So a key that is passed there by mistake becomes
-# a name of 43 characters. That is why _hide_long hides texts of 43 characters
-# or more.
+# Error messages do not show texts of this length or more, because they could
+# be a secret key (see _hide_long). A key has 44 characters. On the command
+# line, name=text is split at the "=". So if a key, whose last character is
+# "=", is passed there by mistake, 43 characters remain.
 _MIN_HIDDEN_LENGTH = 43
 
 # The parameters of a request: None, a mapping of names to values, or (for a
@@ -239,14 +239,15 @@ class APIError(BPXError):
             self.message = body
         self.outcome_unknown = status == 408 or status >= 500
         reason = str(status)
-        # Add the code and the message, each cut to 300 characters. Leave out
-        # lists and dicts, which would be hard to read.
+        # Add the code and the message, at most 300 characters of each. Leave
+        # out lists and dicts, which would be hard to read. (str(error) has at
+        # most 300 characters in total.)
         for field in (self.code, self.message):
             if isinstance(field, (str, int, float)):
                 reason += " " + str(field)[:300]
         super().__init__(request, reason)
-        # BPXError has set args to (request, reason). But pickle rebuilds an
-        # error by APIError(*args), so they must be the arguments of __init__.
+        # pickle rebuilds an error by APIError(*args). BPXError has set args to
+        # (request, reason), but __init__ needs these four arguments.
         self.args = (request, status, body, headers)
 
 
@@ -319,49 +320,19 @@ def _check_str(value: Any, place: str) -> None:
 #
 # First the parameters are normalized: they are converted to dict, list, str,
 # int and bool, and every None is left out. The signed text and the request
-# that is sent are both made from the normalized values, so they agree. (They
-# differ in one case: an empty list is in a JSON body, but not in the signed
-# text.)
+# that is sent are both made from the normalized values. So they agree, with
+# one exception: an empty list is in a JSON body, but not in the signed text.
 #
-# Subclasses of str, int and Decimal are converted to the plain type, because
-# a subclass may have another __str__. str(text) would call it, and
-# str.__str__(text) does not. In the same way, int.__int__(value) is used
-# instead of int(value).
+# A subclass of str or int may override __str__ or __int__. So it is converted
+# to the plain type by str.__str__(text) and int.__int__(value), because
+# str(text) and int(value) would call the methods of the subclass.
 
 _INSTRUCTION_PATTERN = re.compile("[A-Za-z0-9]+")
 
-# Encodes the JSON body, and a parameter whose value is a mapping.
+# Encodes the JSON body and, in the signed text, a value that is a mapping.
 _JSON_ENCODER = json.JSONEncoder(
     ensure_ascii=False, separators=(",", ":"), sort_keys=True
 )
-
-
-def _normalize_params(params: Any) -> List[Dict[str, Any]]:
-    """Return the normalized params as a list of mappings.
-
-    For a batch, the list has one mapping for each order. If params is not a
-    batch, it has exactly one mapping.
-    """
-    try:
-        if isinstance(params, (list, tuple)):
-            mappings = [
-                _normalize_mapping(mapping, f"params[{index}]")
-                for index, mapping in enumerate(params)
-            ]
-        else:
-            mapping = {} if params is None else params
-            mappings = [_normalize_mapping(mapping, "params")]
-    except RecursionError:  # Caught first: it is a subclass of RuntimeError.
-        raise ValueError("params: pass fewer levels of nesting") from None
-    except RuntimeError as error:
-        # Another thread has changed a custom mapping while it was read. (A
-        # plain dict cannot cause this, because only a copy of it is read.)
-        raise ValueError(
-            f"params: pass a copy that no other thread changes ({error})"
-        ) from None
-    if not mappings:
-        raise ValueError("params: pass at least one order in a batch")
-    return mappings
 
 
 def _needs_no_conversion(mapping: Dict[Any, Any]) -> bool:
@@ -483,6 +454,34 @@ def _normalize_list(items: Any, place: str) -> List[Any]:
         if value is not None:
             normalized.append(value)
     return normalized
+
+
+def _normalize_params(params: Any) -> List[Dict[str, Any]]:
+    """Return the normalized params as a list of mappings.
+
+    For a batch, the list has one mapping for each order. If params is not a
+    batch, it has exactly one mapping.
+    """
+    try:
+        if isinstance(params, (list, tuple)):
+            mappings = [
+                _normalize_mapping(mapping, f"params[{index}]")
+                for index, mapping in enumerate(params)
+            ]
+        else:
+            mapping = {} if params is None else params
+            mappings = [_normalize_mapping(mapping, "params")]
+    except RecursionError:  # Caught first: it is a subclass of RuntimeError.
+        raise ValueError("params: pass fewer levels of nesting") from None
+    except RuntimeError as error:
+        # Another thread has changed a mapping while it was read. (This cannot
+        # happen to a plain dict, because _normalize_mapping reads a copy.)
+        raise ValueError(
+            f"params: pass a copy that no other thread changes ({error})"
+        ) from None
+    if not mappings:
+        raise ValueError("params: pass at least one order in a batch")
+    return mappings
 
 
 def _name_value_pairs(mapping: Dict[str, Any]) -> List[Tuple[str, str]]:
@@ -818,8 +817,8 @@ def _query_string(mapping: Dict[str, Any]) -> str:
     for name, value in mapping.items():
         if isinstance(value, dict):
             raise TypeError(
-                f"params.{_hide_long(name)}: pass a single value, not a "
-                "mapping, because GET sends it in a query"
+                f"params.{_hide_long(name)}: pass a single value or a "
+                "list, not a mapping, because GET sends it in a query"
             )
     pairs = _name_value_pairs(mapping)
     if not pairs:
@@ -918,8 +917,8 @@ class _ResponseStream(io.RawIOBase):
       timeout of a socket begins again with every read, so a slow server could
       make a response last forever.)
     - It raises EOFError if the server closes the connection, unless
-      allow_close was called. (http.client would take headers that are cut off
-      for complete ones.)
+      allow_close was called. (Without this, http.client would treat headers
+      that are cut off as complete.)
 
     Closing this stream does not close the socket.
     """
@@ -944,7 +943,10 @@ class _ResponseStream(io.RawIOBase):
         return size
 
     def makefile(self, mode: str) -> io.BufferedReader:
-        """Return this stream with a buffer, as socket.makefile does."""
+        """Return this stream with a read buffer.
+
+        HTTPResponse calls this, because it treats the stream as a socket.
+        """
         return io.BufferedReader(self)
 
     def allow_close(self) -> None:
@@ -1025,11 +1027,7 @@ def _find_proxy(host: str) -> Optional[_Proxy]:
 
 def _open_socket(connection: http.client.HTTPConnection) -> Any:
     """Open a connection of http.client, and return its socket."""
-    try:
-        connection.connect()
-    except BaseException:
-        connection.close()  # It may be open although TLS has failed.
-        raise
+    connection.connect()
     return connection.sock
 
 
@@ -1053,13 +1051,12 @@ def _ask_for_tunnel(
         connection.putheader(name, value)
     connection.endheaders()
     stream = _ResponseStream(connection.sock, timeout)
-    # Closing the response discards its read buffer, but does not close the
-    # socket. No bytes of TLS are in the buffer, because the proxy sends none
-    # until this side begins TLS.
-    with _make_response(stream, "CONNECT") as response:
-        response.begin()  # receives the status and the headers
-        if response.status != 200:
-            raise OSError(f"the proxy has answered {response.status}")
+    response = _make_response(stream, "CONNECT")
+    response.begin()  # receives the status and the headers
+    # The read buffer of the response is now discarded. It has no bytes of TLS,
+    # because the proxy sends none until this side begins TLS.
+    if response.status != 200:
+        raise OSError(f"the proxy has answered {response.status}")
 
 
 def _open_tunnel(
@@ -1129,8 +1126,8 @@ class _IdleConnections:
     """
 
     def __init__(self) -> None:
-        # The socket for each endpoint, and the time.monotonic() since when it
-        # is idle.
+        # For each endpoint: the socket, and the time.monotonic() at which it
+        # became idle.
         self._by_endpoint: Dict[Any, Tuple[Any, float]] = {}
 
     def put(self, endpoint: Any, sock: Any) -> None:
@@ -1169,9 +1166,9 @@ class _ThreadLocal(threading.local):
 _thread_local = _ThreadLocal()
 
 
-def _is_success(status: int) -> bool:
-    """Return whether a status is 2xx. (_receive refuses those below 200.)"""
-    return status < 300
+def _is_error(status: int) -> bool:
+    """Return whether a response with this status is an APIError."""
+    return status >= 300
 
 
 def _check_body_size(body: Union[bytes, bytearray]) -> None:
@@ -1179,22 +1176,21 @@ def _check_body_size(body: Union[bytes, bytearray]) -> None:
         raise http.client.HTTPException("the body is larger than MAX_BODY")
 
 
-def _has_malformed_line(headers: http.client.HTTPMessage) -> bool:
-    """Return whether a line was malformed, so that headers are missing."""
-    # http.client parses headers with the parser for e-mails. For a malformed
-    # line, this parser adds a defect. Or it takes that line and all lines
-    # after it for the text of the e-mail, which get_payload returns.
-    return bool(headers.defects or headers.get_payload())
-
-
-def _check_response_headers(headers: http.client.HTTPMessage) -> None:
-    """Raise if the headers leave it unclear where the body ends."""
-    if _has_malformed_line(headers):
-        # A Content-Length could be missing.
+def _check_header_lines(headers: http.client.HTTPMessage) -> None:
+    """Raise if a line is malformed, because headers may be missing then."""
+    # http.client uses the parser for e-mails. At a malformed line, this parser
+    # does one of two things:
+    # - It records a defect.
+    # - It ends the headers, and treats the remaining lines as the text of the
+    #   e-mail. get_payload() returns this text, which is otherwise empty.
+    if headers.defects or headers.get_payload():
         raise http.client.HTTPException("a header is malformed")
+
+
+def _check_length_headers(headers: http.client.HTTPMessage) -> None:
+    """Raise if the headers could contradict each other about the length."""
     content_lengths = headers.get_all("Content-Length", [])
     transfer_encodings = headers.get_all("Transfer-Encoding", [])
-    # Two of them could contradict each other.
     if len(content_lengths) + len(transfer_encodings) > 1:
         raise http.client.HTTPException(
             "more than one Content-Length or Transfer-Encoding"
@@ -1203,18 +1199,27 @@ def _check_response_headers(headers: http.client.HTTPMessage) -> None:
 
 def _ends_by_close(response: http.client.HTTPResponse) -> bool:
     """Return whether the body ends only when the server closes."""
-    # response.length is None if there is no valid Content-Length. It is 0 if
-    # the response cannot have a body. A chunked body marks its own end.
-    return not response.chunked and response.length is None
+    if response.chunked:  # The last chunk is marked.
+        return False
+    # length is None if there is no valid Content-Length. It is 0, and not
+    # None, if the response cannot have a body.
+    return response.length is None
 
 
-def _read_raw_body(response: http.client.HTTPResponse) -> bytes:
+def _read_raw_body(
+    response: http.client.HTTPResponse, stream: _ResponseStream
+) -> bytes:
     """Return the body as it was received, perhaps compressed."""
-    _check_response_headers(response.headers)
-    if _ends_by_close(response) and _is_success(response.status):
-        raise http.client.HTTPException(
-            "without a Content-Length, the body could be incomplete"
-        )
+    _check_header_lines(response.headers)
+    _check_length_headers(response.headers)
+    if _ends_by_close(response):
+        # The body could be incomplete. Accept that only for an error, because
+        # its status is enough.
+        if not _is_error(response.status):
+            raise http.client.HTTPException(
+                "without a Content-Length, the body could be incomplete"
+            )
+        stream.allow_close()
     body = bytearray()
     while True:
         part = response.read1(65536)
@@ -1242,9 +1247,11 @@ def _decompress(data: bytes) -> bytes:
     return body
 
 
-def _read_body(response: http.client.HTTPResponse) -> bytes:
+def _read_body(
+    response: http.client.HTTPResponse, stream: _ResponseStream
+) -> bytes:
     """Return the decompressed body; raise an error if it cannot be read."""
-    raw_body = _read_raw_body(response)
+    raw_body = _read_raw_body(response, stream)
     encodings = response.headers.get_all("Content-Encoding", [])
     encoding = ", ".join(encodings).strip().lower()
     if encoding in ("", "identity"):
@@ -1265,10 +1272,8 @@ def _read_error_body(
 
     The status of an error is enough, so its body is not required.
     """
-    if _ends_by_close(response):
-        stream.allow_close()
     try:
-        return _read_body(response)
+        return _read_body(response, stream)
     except Exception:
         return None
 
@@ -1282,7 +1287,7 @@ def _is_reusable(
         return False
     if response.status == 408:
         # The server may have sent this because the connection was idle, before
-        # it saw the request. Then the real response could still arrive.
+        # it saw the request. Then the real response could arrive later.
         return False
     return not response.will_close
 
@@ -1293,31 +1298,34 @@ def _receive(sock: Any, method: str, timeout: float) -> Tuple[Response, bool]:
     Return it, and whether the connection can be used for another request.
     """
     stream = _ResponseStream(sock, timeout)
-    # Closing the response discards its read buffer, but does not close the
-    # socket. So extra bytes after the response cannot be taken for the next
-    # response. (_is_stale finds extra bytes that are still in the socket.)
-    with _make_response(stream, method) as response:
-        response.begin()  # receives the status and the headers
-        if response.status < 200:
-            # http.client skips the status 100, but not 101 and the others.
-            raise http.client.HTTPException(
-                f"unexpected status {response.status}"
-            )
-        if _is_success(response.status):
-            body: Optional[bytes] = _read_body(response)
-        else:
-            body = _read_error_body(response, stream)
+    response = _make_response(stream, method)
+    response.begin()  # receives the status and the headers
+    if response.status < 200:
+        # http.client skips the status 100, but not 101 and the others.
+        raise http.client.HTTPException(f"unexpected status {response.status}")
+    if _is_error(response.status):
+        body = _read_error_body(response, stream)
+    else:
+        body = _read_body(response, stream)
+    # Extra bytes after the response cannot be mistaken for the next response:
+    # those in the read buffer are discarded now, and _is_stale finds those
+    # that are still in the socket.
+    is_reusable = _is_reusable(response, body)
     # For the caller, a body that could not be read (None) is empty.
     result = Response(response.status, response.headers, body or b"")
-    return result, _is_reusable(response, body)
+    return result, is_reusable
 
 
 def _headers_to_send(request: Request) -> Dict[str, str]:
-    """Return all headers but Content-Length, which http.client adds."""
+    """Return the headers of a request, with Accept-Encoding and Host.
+
+    http.client itself adds Content-Length.
+    """
     headers = dict(request.headers)
     headers["Accept-Encoding"] = "gzip" if _HAS_ZLIB else "identity"
-    # http.client would take _OpenConnection for a connection of plain http. So
-    # for https://HOST:80 it would send only HOST.
+    # http.client leaves the default port out of Host. For an _OpenConnection,
+    # the default port is 80, even if the socket is a TLS socket. So
+    # http.client would send only HOST for https://HOST:80.
     headers["Host"] = request.host
     return headers
 
@@ -1352,7 +1360,8 @@ def send(request: Request, *, timeout: float = DEFAULT_TIMEOUT) -> Response:
     """Send a request from build_request once, and return the response.
 
     The response may have any status from 200 on. If the status is not 2xx, the
-    body may be incomplete, and it is empty if reading it failed.
+    body is empty if reading it failed. It may also be cut off, if the server
+    gave no length.
 
     timeout is in seconds. It limits each of these steps, and not the whole
     call:
@@ -1360,7 +1369,7 @@ def send(request: Request, *, timeout: float = DEFAULT_TIMEOUT) -> Response:
     - open the tunnel, if there is a proxy
     - begin TLS, if the URL is https
     - send the headers
-    - send the body (over https, each 16 KB of the body has its own timeout)
+    - send the body (over https, the timeout begins again after every 16 KB)
     - receive the whole response
     Looking up the addresses of the host has no timeout.
 
@@ -1409,10 +1418,10 @@ def _decode_or_raise(built: Request, response: Response) -> Any:
     try:
         body = _decode(response.body)
     except Exception as error:  # such as MemoryError
-        # The request was sent, so this must be a BPXError: request() promises
-        # that after any other Exception nothing was sent.
+        # The request was sent, so only a BPXError may be raised. Callers take
+        # every other Exception to mean that nothing was sent.
         raise UnknownOutcomeError(built, _describe_error(error)) from error
-    if not _is_success(response.status):
+    if _is_error(response.status):
         raise APIError(built, response.status, body, response.headers)
     return body
 
@@ -1560,8 +1569,8 @@ def _make_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("method", metavar="METHOD", type=str.upper, help="such as GET")
     add("path", metavar="PATH", help="such as /api/v1/order")
-    # default=[] keeps argparse from naming name=text as missing when only PATH
-    # is missing.
+    # Without default=[], argparse would report name=text as missing, too, if
+    # PATH is missing.
     add(
         "pairs", metavar="name=text", nargs="*", default=[], help="a parameter"
     )
@@ -1635,7 +1644,7 @@ def _parse_json(source: str, text: Union[str, bytes]) -> Any:
         return json.loads(text, object_pairs_hook=_dict_of_unique_names)
     except (ValueError, RecursionError) as error:
         raise ValueError(
-            f"{source}: this JSON is not valid ({_describe_error(error)})"
+            f"{source}: cannot use this JSON ({_describe_error(error)})"
         ) from error
 
 
@@ -1786,18 +1795,16 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     try:
         params = _read_params(args)
         secret_key = _read_secret_key(args)
-        dry_run_text = (
-            _dry_run(args, params, secret_key) if args.dry_run else None
-        )
+        if args.dry_run:
+            text = _dry_run(args, params, secret_key)
+            _print_result(text, is_dry_run=True)
+            return
     except KeyboardInterrupt:
         _fail(2, "interrupted (nothing was sent)")
     except Exception as error:
         _fail(2, _describe_error(error))
-    if args.dry_run:
-        _print_result(dry_run_text, is_dry_run=True)
-    else:
-        body = _run(args, params, secret_key)  # It exits if it fails.
-        _print_result(body, is_dry_run=False)
+    body = _run(args, params, secret_key)  # It exits if it fails.
+    _print_result(body, is_dry_run=False)
 
 
 if __name__ == "__main__":

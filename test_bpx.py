@@ -361,7 +361,7 @@ PORT = "base_url: pass a port from 1 to 65535, not "
 HEADER_NAMES = "headers: pass names of letters, digits and -"
 RESERVED = "header {}: leave it out, because it is reserved"
 HEADER_TEXT = "header X-A: pass printable ASCII text"
-IN_QUERY = ": pass a single value, not a mapping, because GET sends it in a query"
+IN_QUERY = ": pass a single value or a list, not a mapping, because GET sends it in a query"
 NO_KEY = "{} must be signed: pass secret_key"
 NOT_KNOWN = "{} is not a known signed operation: pass instruction, or leave out secret_key"
 BAD_REQUESTS = [
@@ -1261,7 +1261,7 @@ BROKEN = [
     ("gzip with a wrong sum", [sized(HEAD + PACKED, ONE[:-8] + bytes(8))]),
     ("more than gzip", [sized(HEAD + PACKED, ONE + b"1")]),
     ("two gzip members", [sized(HEAD + PACKED, ONE + ONE)], "HTTPException: the gzip data is cut off, or has extra bytes after its end"),
-    ("no gzip", [sized(HEAD + PACKED, b"{}")]),
+    ("zlib, not gzip", [sized(HEAD + PACKED, b"x\x9c3\x04\x00\x002\x002")]),
     *((f"header {line}", [HEAD + line + REST], "HTTPException: a header is malformed") for line in (b"bad line\r\n", b"A: b\r\r\n")),
     ("BR", [sized(HEAD + b"Content-Encoding: BR\r\n", b"{}")], "HTTPException: Content-Encoding br is not supported"),
     ("gzip twice", [sized(HEAD + PACKED * 2, gzip.compress(ONE))], "HTTPException: Content-Encoding gzip, gzip is not supported"),
@@ -1741,7 +1741,7 @@ CLOSED.close()
 REQUIRED = "the following arguments are required: "
 UNKNOWN = "unrecognized arguments: "
 PAIR = "ValueError: pass name=text or name:=json, not "
-NOT_JSON = ": this JSON is not valid "
+NOT_JSON = ": cannot use this JSON "
 ONCE = r"ValueError: pass the name '{}' only once"
 # Arguments, how the line on standard error begins (a pattern).
 USAGES = [
