@@ -2078,7 +2078,7 @@ class Documents(ExchangeCase):
         self.assertEqual(found, (0, 7))
         self.exchange.answer = (200, {}, b"1750793021519")
         blocks = re.findall("```python\n(import.*?)```", README, re.S)
-        self.assertEqual(len(blocks), 11)
+        self.assertEqual(len(blocks), 12)
         for block in blocks:
             with self.subTest(block[:60]):
                 if re.search("import (asyncio|random)", block):
