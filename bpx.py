@@ -114,13 +114,15 @@ DEFAULT_WINDOW = 5000  # milliseconds for which a signed request is valid
 MAX_WINDOW = 60000  # milliseconds, the exchange's limit
 DEFAULT_TIMEOUT = 10.0  # seconds for each step of a request (see send)
 MAX_IDLE = 15.0  # seconds after which an idle connection is not used again
-MAX_BODY = 16 * 1024 * 1024  # bytes of a body, as received and decompressed
+MAX_BODY = 16 * 1024 * 1024  # bytes of a response body
 
-# Error messages do not show texts of this length or more, because they could
-# be a secret key (see _hide_long). A key has 44 characters. On the command
-# line, name=text is split at the "=". So if a key, whose last character is
-# "=", is passed there by mistake, 43 characters remain.
+# If the caller passes a text of this length or more in a wrong place, error
+# messages do not show it, because it could be a secret key (see _hide_long). A
+# key has 44 characters, and the last one is "=". The command line splits
+# name=text at the "=", so 43 characters of a key remain.
 _MIN_HIDDEN_LENGTH = 43
+
+_MAX_SHOWN_LENGTH = 300  # characters of a text, in an error message
 
 # The parameters of a request: None, a mapping of names to values, or (for a
 # batch of orders) a list or tuple of such mappings.
@@ -239,15 +241,15 @@ class APIError(BPXError):
             self.message = body
         self.outcome_unknown = status == 408 or status >= 500
         reason = str(status)
-        # Add the code and the message, at most 300 characters of each. Leave
-        # out lists and dicts, which would be hard to read. (str(error) has at
-        # most 300 characters in total.)
+        # Add the code and the message. Cut each of them, because the server
+        # may send a whole web page. Leave out lists and dicts, which would be
+        # hard to read.
         for field in (self.code, self.message):
             if isinstance(field, (str, int, float)):
-                reason += " " + str(field)[:300]
+                reason += " " + str(field)[:_MAX_SHOWN_LENGTH]
         super().__init__(request, reason)
-        # pickle rebuilds an error by APIError(*args). BPXError has set args to
-        # (request, reason), but __init__ needs these four arguments.
+        # pickle rebuilds an error by APIError(*args). So args must be the four
+        # arguments of this method, and not the two that BPXError has set.
         self.args = (request, status, body, headers)
 
 
@@ -277,8 +279,9 @@ class UnknownOutcomeError(BPXError):
 
 
 def _one_line(text: str) -> str:
-    """Return the first 300 characters of a text as one printable line."""
-    printable = [c if c.isprintable() else " " for c in text[:300]]
+    """Return the beginning of a text as one printable line."""
+    text = text[:_MAX_SHOWN_LENGTH]
+    printable = [c if c.isprintable() else " " for c in text]
     return " ".join("".join(printable).split())
 
 
@@ -290,8 +293,8 @@ def _describe_error(error: BaseException) -> str:
 def _describe_value(value: Any) -> str:
     """Describe a bad value for an error message.
 
-    A number is shown as it is. Of any other value, only the type is shown,
-    because the value could be a secret.
+    An int or a float is shown as it is. Of any other value, only the type is
+    shown, because the value could be a secret.
     """
     if isinstance(value, (int, float)):
         return repr(value)
@@ -323,9 +326,9 @@ def _check_str(value: Any, place: str) -> None:
 # that is sent are both made from the normalized values. So they agree, with
 # one exception: an empty list is in a JSON body, but not in the signed text.
 #
-# A subclass of str or int may override __str__ or __int__. So it is converted
-# to the plain type by str.__str__(text) and int.__int__(value), because
-# str(text) and int(value) would call the methods of the subclass.
+# A subclass of str or int is converted to the plain type by str.__str__(text)
+# or int.__int__(value). str(text) and int(value) would call __str__ and
+# __int__ of the subclass, which could return something else.
 
 _INSTRUCTION_PATTERN = re.compile("[A-Za-z0-9]+")
 
@@ -355,20 +358,24 @@ def _normalize_mapping(mapping: Any, place: str) -> Dict[str, Any]:
     if type(mapping) is dict:
         # Use a copy, because another thread could change the caller's dict.
         copy = dict(mapping)
-        # A shortcut, for speed. Most mappings need no conversion.
-        if _needs_no_conversion(copy):
+        if _needs_no_conversion(copy):  # a shortcut, for speed
             return copy
-        mapping = copy
-    elif not isinstance(mapping, collections.abc.Mapping):
+        return _normalize_items(copy, place)
+    if not isinstance(mapping, collections.abc.Mapping):
         raise TypeError(
             f"{place}: pass a mapping of names to values, "
             f"not {type(mapping).__name__}"
         )
+    return _normalize_items(mapping, place)
+
+
+def _normalize_items(mapping: Mapping[Any, Any], place: str) -> Dict[str, Any]:
+    """Normalize each name and value of a mapping."""
     normalized = {}
     for name, value in mapping.items():
         name = _normalize_name(name, place)
         value = _normalize_value(value, f"{place}.{_hide_long(name)}")
-        # A dict has each name once, but a custom mapping may repeat a name.
+        # items() of a custom mapping, such as a multidict, may repeat a name.
         if name in normalized:
             raise ValueError(f"{place}: pass each name only once")
         if value is not None:
@@ -562,10 +569,10 @@ def canonical_string(
     """Return the text that is signed.
 
     instruction is the exchange's name for the operation, such as
-    "orderExecute". params is a mapping, None, or a list of mappings for a
-    batch of orders; a parameter that is None is left out. timestamp (Unix
-    time) and window are in milliseconds. In the text of a batch, instruction
-    and parameters are repeated for each order.
+    "orderExecute". params is a mapping, or a list of mappings for a batch of
+    orders, or None if there are no parameters. A parameter whose value is None
+    is left out. timestamp (Unix time) and window are in milliseconds. In the
+    text of a batch, instruction and parameters are repeated for each order.
 
     The exchange does not document how a list or a mapping within params is
     signed; the form used here is an assumption.
@@ -876,7 +883,8 @@ def build_request(
     if instruction is not None:
         signed = _sign(instruction, mappings, secret_key, timestamp, window)
         all_headers.update(signed)
-    # A batch is sent as a list, even if it has only one order.
+    # A batch is sent as a list, even if it has only one order. If this is no
+    # batch, mappings has exactly one item.
     params_to_send: Any = mappings if is_batch else mappings[0]
     return _make_request(method, url, all_headers, params_to_send)
 
@@ -920,7 +928,8 @@ class _ResponseStream(io.RawIOBase):
       allow_close was called. (Without this, http.client would treat headers
       that are cut off as complete.)
 
-    Closing this stream does not close the socket.
+    HTTPResponse takes this object in place of a socket, and calls only its
+    method makefile. The result of makefile calls readable and readinto.
     """
 
     def __init__(self, sock: Any, timeout: float) -> None:
@@ -928,7 +937,7 @@ class _ResponseStream(io.RawIOBase):
         self._deadline = time.monotonic() + timeout
         self._is_close_allowed = False
 
-    def readable(self) -> bool:  # BufferedReader calls it.
+    def readable(self) -> bool:
         return True
 
     def readinto(self, buffer: Any) -> int:
@@ -943,32 +952,28 @@ class _ResponseStream(io.RawIOBase):
         return size
 
     def makefile(self, mode: str) -> io.BufferedReader:
-        """Return this stream with a read buffer.
-
-        HTTPResponse calls this, because it treats the stream as a socket.
-        """
+        """Return this stream with a read buffer."""
         return io.BufferedReader(self)
 
     def allow_close(self) -> None:
-        """From now on, a close by the server is the end of the response.
+        """From now on, take a close by the server as the end of the response.
 
-        Call this only for a body of unknown length.
+        Call this only if nothing else shows where the body ends.
         """
         self._is_close_allowed = True
 
 
 def _make_response(stream: Any, method: str) -> http.client.HTTPResponse:
     """Return a response that will be read from a _ResponseStream."""
-    # HTTPResponse expects a socket, but it only calls its makefile method. The
-    # debuglevel is passed so that the debug output of http.client works.
+    # The debuglevel is passed so that the debug output of http.client works.
     debuglevel = http.client.HTTPConnection.debuglevel
     return http.client.HTTPResponse(stream, debuglevel, method)
 
 
 class _OpenConnection(http.client.HTTPConnection):
-    """An HTTPConnection that only writes a request to a connected socket.
+    """An HTTPConnection that is given a connected socket.
 
-    For https, the socket is already a TLS socket.
+    It only writes a request. For https, the socket is already a TLS socket.
     """
 
     def __init__(self, host: str, sock: Any) -> None:
@@ -1053,8 +1058,8 @@ def _ask_for_tunnel(
     stream = _ResponseStream(connection.sock, timeout)
     response = _make_response(stream, "CONNECT")
     response.begin()  # receives the status and the headers
-    # The read buffer of the response is now discarded. It has no bytes of TLS,
-    # because the proxy sends none until this side begins TLS.
+    # When this function returns, the read buffer of the response is lost. It
+    # has no bytes of TLS, because in TLS the client speaks first.
     if response.status != 200:
         raise OSError(f"the proxy has answered {response.status}")
 
@@ -1101,9 +1106,9 @@ def _is_stale(sock: Any) -> bool:
 
     Nothing should arrive on an idle connection. If there is something to
     read, the server has closed it, or has sent bytes that answer no request.
-    A connection that cannot be checked is not used either. (A late TLS session
-    ticket also counts as stale, because it looks like any other bytes. That
-    costs only a new connection.)
+    A connection that cannot be checked is not used either. (A TLS session
+    ticket that arrives late is harmless, but it looks like any other bytes.
+    Then a new connection is opened, which only takes longer.)
     """
     # A TLS socket may hold bytes that it has received and decrypted. A
     # selector does not see them.
@@ -1232,7 +1237,7 @@ def _read_raw_body(
 def _decompress(data: bytes) -> bytes:
     """Return the decompressed bytes of one gzip stream.
 
-    A second stream after it is refused. (Servers do not send one.)
+    Bytes after its end are refused, even if they are a second stream.
     """
     gzip_format = 16 + zlib.MAX_WBITS  # Adding 16 selects the gzip format.
     decompressor = zlib.decompressobj(gzip_format)
@@ -1286,9 +1291,12 @@ def _is_reusable(
         # The rest of the body could be mistaken for the next response.
         return False
     if response.status == 408:
-        # The server may have sent this because the connection was idle, before
-        # it saw the request. Then the real response could arrive later.
+        # A server may send 408 because the connection was idle, just before it
+        # receives this request. Then the real response could still follow.
         return False
+    # Extra bytes after the response need no check here. Those in the read
+    # buffer are lost with the response, and _is_stale looks for the others
+    # before the next request.
     return not response.will_close
 
 
@@ -1307,13 +1315,9 @@ def _receive(sock: Any, method: str, timeout: float) -> Tuple[Response, bool]:
         body = _read_error_body(response, stream)
     else:
         body = _read_body(response, stream)
-    # Extra bytes after the response cannot be mistaken for the next response:
-    # those in the read buffer are discarded now, and _is_stale finds those
-    # that are still in the socket.
-    is_reusable = _is_reusable(response, body)
     # For the caller, a body that could not be read (None) is empty.
     result = Response(response.status, response.headers, body or b"")
-    return result, is_reusable
+    return result, _is_reusable(response, body)
 
 
 def _headers_to_send(request: Request) -> Dict[str, str]:
@@ -1323,9 +1327,8 @@ def _headers_to_send(request: Request) -> Dict[str, str]:
     """
     headers = dict(request.headers)
     headers["Accept-Encoding"] = "gzip" if _HAS_ZLIB else "identity"
-    # http.client leaves the default port out of Host. For an _OpenConnection,
-    # the default port is 80, even if the socket is a TLS socket. So
-    # http.client would send only HOST for https://HOST:80.
+    # Set Host here, because http.client would leave ":80" out of it. For
+    # https://HOST:80 that would be wrong, because the default port is 443.
     headers["Host"] = request.host
     return headers
 
@@ -1359,9 +1362,9 @@ def _check_timeout(timeout: Any) -> None:
 def send(request: Request, *, timeout: float = DEFAULT_TIMEOUT) -> Response:
     """Send a request from build_request once, and return the response.
 
-    The response may have any status from 200 on. If the status is not 2xx, the
-    body is empty if reading it failed. It may also be cut off, if the server
-    gave no length.
+    The response may have any status from 200 on. The body of a 2xx response is
+    always complete. The body of any other response may be empty, because it
+    could not be read, or cut off, because the server gave no length.
 
     timeout is in seconds. It limits each of these steps, and not the whole
     call:
@@ -1543,9 +1546,9 @@ def _fail(status: int, message: str) -> NoReturn:
     """Print one line on standard error, and exit with a status."""
     line = "bpx.py: " + " ".join(message.split())
     try:
-        if sys.stderr is not None:  # None if it was closed at the start
+        if sys.stderr is not None:  # None if this process began without it
             print(line, file=sys.stderr, flush=True)
-    except (OSError, ValueError):  # ValueError if it was closed later
+    except (OSError, ValueError):  # ValueError if it was closed since then
         _redirect_to_null_device(_STANDARD_ERROR)
     sys.exit(status)
 
@@ -1569,8 +1572,8 @@ def _make_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("method", metavar="METHOD", type=str.upper, help="such as GET")
     add("path", metavar="PATH", help="such as /api/v1/order")
-    # Without default=[], argparse would report name=text as missing, too, if
-    # PATH is missing.
+    # Without default=[], an error about a missing PATH would also name these
+    # parameters as missing.
     add(
         "pairs", metavar="name=text", nargs="*", default=[], help="a parameter"
     )
@@ -1654,13 +1657,12 @@ def _parse_pair(pair: str) -> Tuple[str, Any]:
     is_json = name.endswith(":")  # "a:=1" is split into "a:" and "1"
     if is_json:
         name = name[:-1]
-    # A secret key that is passed here by mistake looks like a name of 43
-    # characters, "=" and no text. Refuse such a name, so that it is not sent.
-    is_perhaps_key = len(name) >= _MIN_HIDDEN_LENGTH
-    if not name or not separator or is_perhaps_key:
+    if not name or not separator:
         raise ValueError(
             f"pass name=text or name:=json, not {_hide_long(pair)!r}"
         )
+    if len(name) >= _MIN_HIDDEN_LENGTH:
+        raise ValueError("pass a shorter name; this one could be a secret key")
     if name == "BPX_SECRET_KEY":
         raise ValueError(
             "pass BPX_SECRET_KEY in the environment, not as a parameter"
@@ -1677,12 +1679,12 @@ def _read_params(args: argparse.Namespace) -> Any:
         )
     if args.pairs:
         raise ValueError("pass name=text parameters or --json, not both")
-    if args.json == "-":
+    text = args.json
+    if text == "-":
         if sys.stdin is None:
             raise ValueError("--json -: standard input is closed")
-        params = _parse_json("standard input", sys.stdin.buffer.read())
-    else:
-        params = _parse_json("--json", args.json)
+        text = sys.stdin.buffer.read()
+    params = _parse_json("--json", text)
     if params is None:
         raise ValueError("--json: pass an object or a list, not null")
     return params
@@ -1724,7 +1726,7 @@ def _dry_run(
         value = built.get_header(name.capitalize())
         if value is not None:
             lines.append(f"{name}: {value}")
-    if isinstance(built.data, bytes):
+    if isinstance(built.data, bytes):  # It is bytes or None.
         lines.append(built.data.decode())
     return "\n".join(lines)
 
@@ -1791,7 +1793,7 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     """
     # parse_intermixed_args allows options between the parameters.
     args = _make_parser().parse_intermixed_args(argv)
-    # Nothing in this try statement sends anything, so its errors exit with 2.
+    # Nothing in this try statement sends a request, so its errors exit with 2.
     try:
         params = _read_params(args)
         secret_key = _read_secret_key(args)
