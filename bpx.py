@@ -116,10 +116,10 @@ DEFAULT_TIMEOUT = 10.0  # seconds for each step of a request (see send)
 MAX_IDLE = 15.0  # seconds after which an idle connection is not used again
 MAX_BODY = 16 * 1024 * 1024  # bytes of a response body
 
-# If the caller passes a text of this length or more in a wrong place, error
-# messages do not show it, because it could be a secret key (see _hide_long). A
-# key has 44 characters, and the last one is "=". The command line splits
-# name=text at the "=", so 43 characters of a key remain.
+# Error messages do not show a text of this length or more, if it could be a
+# secret key in a wrong place (see _hide_long). A key has 43 characters and
+# then "=". If a key is passed where the command line expects name=text, the
+# command line cuts it off at the "=". That is why this is 43 and not 44.
 _MIN_HIDDEN_LENGTH = 43
 
 _MAX_SHOWN_LENGTH = 300  # characters of a text, in an error message
@@ -323,8 +323,8 @@ def _check_str(value: Any, place: str) -> None:
 #
 # First the parameters are normalized: they are converted to dict, list, str,
 # int and bool, and every None is left out. The signed text and the request
-# that is sent are both made from the normalized values. So they agree, with
-# one exception: an empty list is in a JSON body, but not in the signed text.
+# that is sent are both made from the normalized values, so they agree. One
+# thing differs: an empty list is in a JSON body, but not in the signed text.
 #
 # A subclass of str or int is converted to the plain type by str.__str__(text)
 # or int.__int__(value). str(text) and int(value) would call __str__ and
@@ -370,17 +370,18 @@ def _normalize_mapping(mapping: Any, place: str) -> Dict[str, Any]:
 
 
 def _normalize_items(mapping: Mapping[Any, Any], place: str) -> Dict[str, Any]:
-    """Normalize each name and value of a mapping."""
-    normalized = {}
+    """Return normalized names and values, without those that are None."""
+    normalized: Dict[str, Any] = {}
     for name, value in mapping.items():
         name = _normalize_name(name, place)
-        value = _normalize_value(value, f"{place}.{_hide_long(name)}")
         # items() of a custom mapping, such as a multidict, may repeat a name.
         if name in normalized:
             raise ValueError(f"{place}: pass each name only once")
-        if value is not None:
-            normalized[name] = value
-    return normalized
+        place_of_value = f"{place}.{_hide_long(name)}"
+        normalized[name] = _normalize_value(value, place_of_value)
+    return {
+        name: value for name, value in normalized.items() if value is not None
+    }
 
 
 def _normalize_name(name: Any, place: str) -> str:
@@ -478,11 +479,11 @@ def _normalize_params(params: Any) -> List[Dict[str, Any]]:
         else:
             mapping = {} if params is None else params
             mappings = [_normalize_mapping(mapping, "params")]
-    except RecursionError:  # Caught first: it is a subclass of RuntimeError.
+    except RecursionError:
         raise ValueError("params: pass fewer levels of nesting") from None
+    # Python raises another RuntimeError if a mapping is changed while it is
+    # read. (_normalize_mapping prevents this for plain dicts.)
     except RuntimeError as error:
-        # Another thread has changed a mapping while it was read. (This cannot
-        # happen to a plain dict, because _normalize_mapping reads a copy.)
         raise ValueError(
             f"params: pass a copy that no other thread changes ({error})"
         ) from None
@@ -778,7 +779,7 @@ def _normalize_headers(headers: Any) -> Dict[str, str]:
         )
     normalized = {}
     # Read a copy, because another thread could change the headers.
-    for name, value in dict(headers).items():
+    for name, value in list(headers.items()):
         # No message shows a value, because it could be a secret.
         if not (
             isinstance(name, str) and _HEADER_NAME_PATTERN.fullmatch(name)
@@ -901,8 +902,13 @@ def build_request(
 # stale. It is also closed after a failure, because a late response could be
 # mistaken for the response to the next request.
 #
-# What is kept is only the socket. For each request, a new _OpenConnection
-# writes to it, and a new HTTPResponse reads from it through a _ResponseStream.
+# Only the socket is kept. For each request, two new objects use it: a
+# _RequestWriter writes the request, and an HTTPResponse reads the response
+# (through a _ResponseStream, which adds the time limit).
+#
+# If a server sends more than one response, the extra bytes are discarded with
+# the HTTPResponse, if it has received them already. Extra bytes that arrive
+# later make the connection stale.
 
 
 class Response(NamedTuple):
@@ -918,24 +924,25 @@ class Response(NamedTuple):
 
 
 class _ResponseStream(io.RawIOBase):
-    """A stream that reads one response from a socket.
+    """What HTTPResponse reads from, in place of a socket.
 
-    It differs from the stream of the socket itself in two ways:
+    HTTPResponse calls makefile, which returns a read buffer. The buffer calls
+    readinto whenever it is empty. So all bytes of a response pass through
+    readinto, which differs from reading from a socket in two ways:
     - It times out if the whole response takes longer than the timeout. (The
       timeout of a socket begins again with every read, so a slow server could
       make a response last forever.)
-    - It raises EOFError if the server closes the connection, unless
-      allow_close was called. (Without this, http.client would treat headers
-      that are cut off as complete.)
+    - It raises EOFError if the server closes the connection. (http.client
+      would treat headers that are cut off as complete.) After accept_close, a
+      close by the server is the end of the response, and no error.
 
-    HTTPResponse takes this object in place of a socket, and calls only its
-    method makefile. The result of makefile calls readable and readinto.
+    Closing this stream does not close the socket, so it can be used again.
     """
 
     def __init__(self, sock: Any, timeout: float) -> None:
         self._sock = sock
         self._deadline = time.monotonic() + timeout
-        self._is_close_allowed = False
+        self._is_close_accepted = False
 
     def readable(self) -> bool:
         return True
@@ -947,20 +954,22 @@ class _ResponseStream(io.RawIOBase):
             raise TimeoutError("timed out")
         self._sock.settimeout(remaining)
         size: int = self._sock.recv_into(buffer)
-        if size == 0 and not self._is_close_allowed:
-            raise EOFError("the server closed before the end of the response")
+        if size == 0 and not self._is_close_accepted:
+            raise EOFError(
+                "the server closed the connection before the response ended"
+            )
         return size
 
     def makefile(self, mode: str) -> io.BufferedReader:
-        """Return this stream with a read buffer."""
+        """Return a read buffer. (mode is always "rb".)"""
         return io.BufferedReader(self)
 
-    def allow_close(self) -> None:
-        """From now on, take a close by the server as the end of the response.
+    def accept_close(self) -> None:
+        """From now on, let the response end when the server closes.
 
         Call this only if nothing else shows where the body ends.
         """
-        self._is_close_allowed = True
+        self._is_close_accepted = True
 
 
 def _make_response(stream: Any, method: str) -> http.client.HTTPResponse:
@@ -970,10 +979,10 @@ def _make_response(stream: Any, method: str) -> http.client.HTTPResponse:
     return http.client.HTTPResponse(stream, debuglevel, method)
 
 
-class _OpenConnection(http.client.HTTPConnection):
-    """An HTTPConnection that is given a connected socket.
+class _RequestWriter(http.client.HTTPConnection):
+    """An HTTPConnection that only writes a request to a connected socket.
 
-    It only writes a request. For https, the socket is already a TLS socket.
+    For https, the socket is already a TLS socket.
     """
 
     def __init__(self, host: str, sock: Any) -> None:
@@ -1058,10 +1067,10 @@ def _ask_for_tunnel(
     stream = _ResponseStream(connection.sock, timeout)
     response = _make_response(stream, "CONNECT")
     response.begin()  # receives the status and the headers
-    # When this function returns, the read buffer of the response is lost. It
-    # has no bytes of TLS, because in TLS the client speaks first.
     if response.status != 200:
         raise OSError(f"the proxy has answered {response.status}")
+    # The read buffer of the response is discarded here. Nothing is lost with
+    # it, because the proxy sends no more bytes until this side begins TLS.
 
 
 def _open_tunnel(
@@ -1102,13 +1111,13 @@ def _connect(request: Request, timeout: float) -> Any:
 
 
 def _is_stale(sock: Any) -> bool:
-    """Return whether an idle connection must not be used again.
+    """Return True if an idle connection must be closed and not used again.
 
     Nothing should arrive on an idle connection. If there is something to
     read, the server has closed it, or has sent bytes that answer no request.
-    A connection that cannot be checked is not used either. (A TLS session
-    ticket that arrives late is harmless, but it looks like any other bytes.
-    Then a new connection is opened, which only takes longer.)
+    A connection that cannot be checked is not used either. (A late TLS session
+    ticket looks like other bytes, so it also makes a connection stale. That
+    costs only time.)
     """
     # A TLS socket may hold bytes that it has received and decrypted. A
     # selector does not see them.
@@ -1182,13 +1191,14 @@ def _check_body_size(body: Union[bytes, bytearray]) -> None:
 
 
 def _check_header_lines(headers: http.client.HTTPMessage) -> None:
-    """Raise if a line is malformed, because headers may be missing then."""
+    """Raise if a line is malformed: the headers after it may be missing."""
     # http.client uses the parser for e-mails. At a malformed line, this parser
     # does one of two things:
     # - It records a defect.
     # - It ends the headers, and treats the remaining lines as the text of the
-    #   e-mail. get_payload() returns this text, which is otherwise empty.
-    if headers.defects or headers.get_payload():
+    #   e-mail.
+    text = headers.get_payload()  # This is empty if all lines are headers.
+    if headers.defects or text:
         raise http.client.HTTPException("a header is malformed")
 
 
@@ -1203,11 +1213,11 @@ def _check_length_headers(headers: http.client.HTTPMessage) -> None:
 
 
 def _ends_by_close(response: http.client.HTTPResponse) -> bool:
-    """Return whether the body ends only when the server closes."""
+    """Return whether only a close by the server ends the body."""
     if response.chunked:  # The last chunk is marked.
         return False
-    # length is None if there is no valid Content-Length. It is 0, and not
-    # None, if the response cannot have a body.
+    # length is 0 if the response cannot have a body. Otherwise, it is the
+    # Content-Length, or None if that is missing or not valid.
     return response.length is None
 
 
@@ -1218,13 +1228,14 @@ def _read_raw_body(
     _check_header_lines(response.headers)
     _check_length_headers(response.headers)
     if _ends_by_close(response):
-        # The body could be incomplete. Accept that only for an error, because
-        # its status is enough.
-        if not _is_error(response.status):
+        # Nothing shows whether such a body is complete. An error may have one,
+        # because the status of an error is enough. A success may not.
+        if _is_error(response.status):
+            stream.accept_close()
+        else:
             raise http.client.HTTPException(
                 "without a Content-Length, the body could be incomplete"
             )
-        stream.allow_close()
     body = bytearray()
     while True:
         part = response.read1(65536)
@@ -1288,15 +1299,14 @@ def _is_reusable(
 ) -> bool:
     """Return whether the connection can be used for another request."""
     if body is None:
-        # The rest of the body could be mistaken for the next response.
+        # The body could not be read. What remains of it could be mistaken for
+        # the next response.
         return False
     if response.status == 408:
-        # A server may send 408 because the connection was idle, just before it
-        # receives this request. Then the real response could still follow.
+        # Perhaps the connection was idle for too long, and the server sent
+        # this 408 before it received the request. Then the response to the
+        # request could follow, and be mistaken for the next response.
         return False
-    # Extra bytes after the response need no check here. Those in the read
-    # buffer are lost with the response, and _is_stale looks for the others
-    # before the next request.
     return not response.will_close
 
 
@@ -1327,8 +1337,8 @@ def _headers_to_send(request: Request) -> Dict[str, str]:
     """
     headers = dict(request.headers)
     headers["Accept-Encoding"] = "gzip" if _HAS_ZLIB else "identity"
-    # Set Host here, because http.client would leave ":80" out of it. For
-    # https://HOST:80 that would be wrong, because the default port is 443.
+    # Host has the port of the URL. http.client would leave out port 80, even
+    # for https.
     headers["Host"] = request.host
     return headers
 
@@ -1340,9 +1350,9 @@ def _send_and_receive(
     try:
         method = request.get_method()
         headers = _headers_to_send(request)
-        connection = _OpenConnection(request.host, sock)
+        writer = _RequestWriter(request.host, sock)
         sock.settimeout(timeout)
-        connection.request(method, request.selector, request.data, headers)
+        writer.request(method, request.selector, request.data, headers)
         return _receive(sock, method, timeout)
     except BaseException:
         sock.close()  # A late response must not reach the next request.
@@ -1363,8 +1373,9 @@ def send(request: Request, *, timeout: float = DEFAULT_TIMEOUT) -> Response:
     """Send a request from build_request once, and return the response.
 
     The response may have any status from 200 on. The body of a 2xx response is
-    always complete. The body of any other response may be empty, because it
-    could not be read, or cut off, because the server gave no length.
+    always complete. The body of any other response may be incomplete: it is
+    empty if it could not be read, and it may be cut off if the server gave no
+    length.
 
     timeout is in seconds. It limits each of these steps, and not the whole
     call:
@@ -1406,7 +1417,10 @@ def send(request: Request, *, timeout: float = DEFAULT_TIMEOUT) -> Response:
 
 
 def _decode(body: bytes) -> Any:
-    """Return decoded JSON, the text if it is not JSON, or None if empty."""
+    """Return the decoded JSON, or None for an empty body.
+
+    If the body is not JSON, return its text.
+    """
     text = body.decode("utf-8-sig", "replace")  # removes a byte order mark
     if not text:
         return None
@@ -1416,16 +1430,16 @@ def _decode(body: bytes) -> Any:
         return text
 
 
-def _decode_or_raise(built: Request, response: Response) -> Any:
+def _decode_or_raise(sent: Request, response: Response) -> Any:
     """Return the decoded body of a response, or raise a BPXError."""
     try:
         body = _decode(response.body)
     except Exception as error:  # such as MemoryError
         # The request was sent, so only a BPXError may be raised. Callers take
         # every other Exception to mean that nothing was sent.
-        raise UnknownOutcomeError(built, _describe_error(error)) from error
+        raise UnknownOutcomeError(sent, _describe_error(error)) from error
     if _is_error(response.status):
-        raise APIError(built, response.status, body, response.headers)
+        raise APIError(sent, response.status, body, response.headers)
     return body
 
 
@@ -1507,7 +1521,7 @@ example:
       orderType=Limit price=170.50 quantity=1.0 postOnly:=true
 
 exit status:
-  0  Success.
+  0  The status was 2xx. Even then, orders of a batch may have failed.
   1  APIError with the status 3xx or 4xx, except 408: the request was not
      executed.
   2  Nothing was sent: a wrong argument, a missing key or module, an interrupt
@@ -1572,8 +1586,8 @@ def _make_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("method", metavar="METHOD", type=str.upper, help="such as GET")
     add("path", metavar="PATH", help="such as /api/v1/order")
-    # Without default=[], an error about a missing PATH would also name these
-    # parameters as missing.
+    # Without default=[], argparse would treat name=text as required, and would
+    # list it in the error message for a missing PATH.
     add(
         "pairs", metavar="name=text", nargs="*", default=[], help="a parameter"
     )
@@ -1794,6 +1808,7 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     # parse_intermixed_args allows options between the parameters.
     args = _make_parser().parse_intermixed_args(argv)
     # Nothing in this try statement sends a request, so its errors exit with 2.
+    # (The SystemExit of _print_result passes through.)
     try:
         params = _read_params(args)
         secret_key = _read_secret_key(args)
