@@ -2,11 +2,11 @@
 # SPDX-License-Identifier: 0BSD
 """Sign and send requests to the Backpack Exchange REST API.
 
-A request is signed with Ed25519. The text that is signed is its canonical
-string, which consists of name=value pairs joined by "&": first the
-instruction (the exchange's name for the operation), then the parameters
-sorted by name, then the timestamp and the window in milliseconds. The
-exchange accepts the request until timestamp + window.
+A request is signed with Ed25519. What is signed is a text, the canonical
+string. It consists of name=value pairs joined by "&": first the instruction
+(the exchange's name for the operation), then the parameters sorted by name,
+then the timestamp and the window in milliseconds. The exchange accepts the
+request until timestamp + window.
 
 >>> secret_key = "TDSkv44jf/iD/QCKkyCdixO+p1sfLXxk+PZH7mW/ams="
 >>> params = {"symbol": "BTC_USDT", "orderId": 28}
@@ -116,19 +116,21 @@ DEFAULT_TIMEOUT = 10.0  # seconds for each step of a request (see send)
 MAX_IDLE = 15.0  # seconds after which an idle connection is not used again
 MAX_BODY = 16 * 1024 * 1024  # bytes of a response body
 
-# Error messages do not show a text of this length or more, if it could be a
-# secret key in a wrong place (see _hide_long). A key has 43 characters and
-# then "=". If a key is passed where the command line expects name=text, the
-# command line cuts it off at the "=". That is why this is 43 and not 44.
+# A text of this length or more could be a secret key in a wrong place, so
+# error messages do not show it (see _hide_long). A key has 44 characters, and
+# the last one is "=". The command line splits name=text at the "=", so 43
+# characters of a key remain.
 _MIN_HIDDEN_LENGTH = 43
 
 _MAX_SHOWN_LENGTH = 300  # characters of a text, in an error message
 
 # The parameters of a request: None, a mapping of names to values, or (for a
-# batch of orders) a list or tuple of such mappings.
+# batch of orders) a list or tuple of such mappings. (Type checkers would not
+# accept a list of dicts if this were List and not Sequence.)
 Params = Union[Mapping[str, Any], Sequence[Mapping[str, Any]], None]
 
 # Every signed operation of the exchange, in the order of its documentation.
+# For an operation that is missing here, pass instruction.
 INSTRUCTIONS = {
     "GET /api/v1/account": "accountQuery",
     "PATCH /api/v1/account": "accountUpdate",
@@ -240,16 +242,10 @@ class APIError(BPXError):
             self.code = None
             self.message = body
         self.outcome_unknown = status == 408 or status >= 500
-        reason = str(status)
-        # Add the code and the message. Cut each of them, because the server
-        # may send a whole web page. Leave out lists and dicts, which would be
-        # hard to read.
-        for field in (self.code, self.message):
-            if isinstance(field, (str, int, float)):
-                reason += " " + str(field)[:_MAX_SHOWN_LENGTH]
+        reason = _describe_response(status, self.code, self.message)
         super().__init__(request, reason)
-        # pickle rebuilds an error by APIError(*args). So args must be the four
-        # arguments of this method, and not the two that BPXError has set.
+        # BPXError has set args to (request, reason). But pickle rebuilds an
+        # error by APIError(*args), so args must be these four.
         self.args = (request, status, body, headers)
 
 
@@ -290,10 +286,21 @@ def _describe_error(error: BaseException) -> str:
     return f"{name}: {error}" if str(error) else name
 
 
+def _describe_response(status: int, code: Any, message: Any) -> str:
+    """Return the status, and code and message if they are single values."""
+    words = [str(status)]
+    for field in (code, message):
+        # Leave out lists and dicts, which would be hard to read. Cut a text,
+        # because the server may send a whole web page.
+        if isinstance(field, (str, int, float)):
+            words.append(str(field)[:_MAX_SHOWN_LENGTH])
+    return " ".join(words)
+
+
 def _describe_value(value: Any) -> str:
     """Describe a bad value for an error message.
 
-    An int or a float is shown as it is. Of any other value, only the type is
+    An int or a float is shown as it is. For any other value, only the type is
     shown, because the value could be a secret.
     """
     if isinstance(value, (int, float)):
@@ -319,16 +326,22 @@ def _check_str(value: Any, place: str) -> None:
         raise TypeError(f"{place}: pass a str, not {type(value).__name__}")
 
 
+def _plain_str(text: str) -> str:
+    """Return the text as a str, even if it is of a subclass of str.
+
+    str(text) would call the __str__ of the subclass, which could return
+    another text.
+    """
+    return str.__str__(text)
+
+
 # --- 1. Canonical string: needs no key and no clock ---
 #
 # First the parameters are normalized: they are converted to dict, list, str,
 # int and bool, and every None is left out. The signed text and the request
-# that is sent are both made from the normalized values, so they agree. One
-# thing differs: an empty list is in a JSON body, but not in the signed text.
-#
-# A subclass of str or int is converted to the plain type by str.__str__(text)
-# or int.__int__(value). str(text) and int(value) would call __str__ and
-# __int__ of the subclass, which could return something else.
+# that is sent are both made from the normalized values, so they agree. (One
+# exception: an empty list is sent in a JSON body, but adds nothing to the
+# signed text.)
 
 _INSTRUCTION_PATTERN = re.compile("[A-Za-z0-9]+")
 
@@ -353,15 +366,14 @@ def _needs_no_conversion(mapping: Dict[Any, Any]) -> bool:
     return True
 
 
-def _normalize_mapping(mapping: Any, place: str) -> Dict[str, Any]:
+def _normalize_mapping(mapping: object, place: str) -> Dict[str, Any]:
     """Return the normalized names and values of a mapping."""
     if type(mapping) is dict:
         # Use a copy, because another thread could change the caller's dict.
-        copy = dict(mapping)
-        if _needs_no_conversion(copy):  # a shortcut, for speed
-            return copy
-        return _normalize_items(copy, place)
-    if not isinstance(mapping, collections.abc.Mapping):
+        mapping = dict(mapping)
+        if _needs_no_conversion(mapping):  # a shortcut, for speed
+            return mapping
+    elif not isinstance(mapping, collections.abc.Mapping):
         raise TypeError(
             f"{place}: pass a mapping of names to values, "
             f"not {type(mapping).__name__}"
@@ -379,6 +391,8 @@ def _normalize_items(mapping: Mapping[Any, Any], place: str) -> Dict[str, Any]:
             raise ValueError(f"{place}: pass each name only once")
         place_of_value = f"{place}.{_hide_long(name)}"
         normalized[name] = _normalize_value(value, place_of_value)
+    # None is removed only now, so that a repeated name is found even if one of
+    # its values is None.
     return {
         name: value for name, value in normalized.items() if value is not None
     }
@@ -404,7 +418,7 @@ def _normalize_value(value: Any, place: str) -> Any:
     if isinstance(value, str):
         return _normalize_text(value, place)
     if isinstance(value, int):
-        return int.__int__(value)  # converts a subclass
+        return int.__int__(value)  # a plain int, even from a subclass
     if isinstance(value, Decimal):
         return _normalize_decimal(value, place)
     if isinstance(value, (list, tuple)):
@@ -423,8 +437,8 @@ def _normalize_value(value: Any, place: str) -> Any:
 
 
 def _normalize_text(text: str, place: str) -> str:
-    """Return the text as a plain str; raise if UTF-8 cannot encode it."""
-    text = str.__str__(text)  # converts a subclass
+    """Return the text as a str; raise if UTF-8 cannot encode it."""
+    text = _plain_str(text)
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -436,7 +450,7 @@ def _normalize_text(text: str, place: str) -> str:
 
 def _normalize_decimal(value: Decimal, place: str) -> str:
     """Return a Decimal in plain notation: 0.00000001 and not 1E-8."""
-    number = Decimal(value)  # converts a subclass
+    number = Decimal(value)  # a plain Decimal, even from a subclass
     if not number.is_finite():
         raise ValueError(f"{place}: pass a finite number, not {number}")
     # The exponent in scientific notation: 2 for 123, which is 1.23E+2.
@@ -479,11 +493,11 @@ def _normalize_params(params: Any) -> List[Dict[str, Any]]:
         else:
             mapping = {} if params is None else params
             mappings = [_normalize_mapping(mapping, "params")]
-    except RecursionError:
+    except RecursionError:  # a subclass of RuntimeError, so it comes first
         raise ValueError("params: pass fewer levels of nesting") from None
-    # Python raises another RuntimeError if a mapping is changed while it is
-    # read. (_normalize_mapping prevents this for plain dicts.)
     except RuntimeError as error:
+        # Python raises this if a mapping is changed while it is read. (It does
+        # not happen to plain dicts, because _normalize_mapping copies them.)
         raise ValueError(
             f"params: pass a copy that no other thread changes ({error})"
         ) from None
@@ -538,7 +552,7 @@ def _make_canonical_string(
         raise ValueError(
             "instruction: pass only letters and digits, as in 'orderExecute'"
         )
-    instruction = str.__str__(instruction)  # converts a subclass
+    instruction = _plain_str(instruction)
     if type(timestamp) is not int or timestamp < 0:
         raise ValueError(
             "timestamp: pass an int of milliseconds since 1970, "
@@ -642,8 +656,8 @@ def _sign(
         timestamp = time.time_ns() // 1_000_000
     text = _make_canonical_string(instruction, mappings, timestamp, window)
     _check_str(secret_key, "secret_key")
-    stripped_key = str.strip(secret_key)  # also converts a subclass
-    signing_key, api_key = _load_key(stripped_key)
+    secret_key = _plain_str(secret_key).strip()
+    signing_key, api_key = _load_key(secret_key)
     signature = signing_key.sign(text.encode()).signature
     return {
         "X-API-Key": api_key,
@@ -712,19 +726,19 @@ _RESERVED_HEADERS = (  # Callers must not set these.
 
 
 def _normalize_method(method: Any) -> str:
-    """Return the method in upper case, as a plain str."""
+    """Return the method in upper case."""
     _check_str(method, "method")
     if not _METHOD_PATTERN.fullmatch(method):
         raise ValueError(
             f"method: pass a word, such as 'GET', not {_hide_long(method)!r}"
         )
-    return str.upper(method)  # also converts a subclass
+    return _plain_str(method).upper()
 
 
 def _normalize_path(value: Any) -> str:
-    """Return the path as a plain str."""
+    """Return the path."""
     _check_str(value, "path")
-    path = str.__str__(value)  # converts a subclass
+    path = _plain_str(value)
     if "://" in path or path.startswith("//"):
         # The message does not show the URL, because it could hold a password.
         raise ValueError(
@@ -766,11 +780,11 @@ def _normalize_base_url(base_url: Any) -> str:
         raise ValueError(
             f"base_url: pass a port from 1 to 65535, not {match['port']}"
         )
-    return str.rstrip(base_url, "/")  # also converts a subclass
+    return _plain_str(base_url).rstrip("/")
 
 
 def _normalize_headers(headers: Any) -> Dict[str, str]:
-    """Return the headers of the caller as plain str, with lower-case names."""
+    """Return the headers of the caller, with lower-case names."""
     if headers is None:
         return {}
     if not isinstance(headers, collections.abc.Mapping):
@@ -786,7 +800,7 @@ def _normalize_headers(headers: Any) -> Dict[str, str]:
         ):
             raise ValueError("headers: pass names of letters, digits and -")
         place = f"header {_hide_long(name)}"
-        lower_name = str.lower(name)  # also converts a subclass of str
+        lower_name = _plain_str(name).lower()
         if lower_name in _RESERVED_HEADERS:
             raise ValueError(f"{place}: leave it out, because it is reserved")
         if lower_name in normalized:
@@ -794,7 +808,7 @@ def _normalize_headers(headers: Any) -> Dict[str, str]:
         _check_str(value, place)
         if not _HEADER_VALUE_PATTERN.fullmatch(value):
             raise ValueError(f"{place}: pass printable ASCII text")
-        normalized[lower_name] = str.__str__(value)  # converts a subclass
+        normalized[lower_name] = _plain_str(value)
     return normalized
 
 
@@ -906,13 +920,13 @@ def build_request(
 # _RequestWriter writes the request, and an HTTPResponse reads the response
 # (through a _ResponseStream, which adds the time limit).
 #
-# If a server sends more than one response, the extra bytes are discarded with
-# the HTTPResponse, if it has received them already. Extra bytes that arrive
-# later make the connection stale.
+# A server could send extra bytes after a response. Those that are already in
+# the read buffer of the HTTPResponse are discarded with it. Those that arrive
+# later make the connection stale (see _is_stale).
 
 
 class Response(NamedTuple):
-    """A response of any status.
+    """A response. Its status is 200 or higher.
 
     The names of headers are not case-sensitive. A compressed body is already
     decompressed, although the headers still have its Content-Encoding.
@@ -924,19 +938,19 @@ class Response(NamedTuple):
 
 
 class _ResponseStream(io.RawIOBase):
-    """What HTTPResponse reads from, in place of a socket.
+    """Takes the place of the socket from which an HTTPResponse reads.
 
-    HTTPResponse calls makefile, which returns a read buffer. The buffer calls
-    readinto whenever it is empty. So all bytes of a response pass through
-    readinto, which differs from reading from a socket in two ways:
-    - It times out if the whole response takes longer than the timeout. (The
-      timeout of a socket begins again with every read, so a slow server could
-      make a response last forever.)
-    - It raises EOFError if the server closes the connection. (http.client
-      would treat headers that are cut off as complete.) After accept_close, a
-      close by the server is the end of the response, and no error.
+    HTTPResponse <- read buffer <- _ResponseStream <- socket
 
-    Closing this stream does not close the socket, so it can be used again.
+    HTTPResponse expects a socket, but calls only its makefile method, which
+    returns the read buffer. The read buffer calls readinto. Three things
+    differ from a socket:
+    - The time limit is for the whole response, and not for each read.
+      (Otherwise, a slow server could make a response last forever.)
+    - If the server closes the connection, readinto raises EOFError.
+      (Otherwise, http.client would treat headers that are cut off as
+      complete.)
+    - close() does not close the socket, so that it can be used again.
     """
 
     def __init__(self, sock: Any, timeout: float) -> None:
@@ -944,7 +958,7 @@ class _ResponseStream(io.RawIOBase):
         self._deadline = time.monotonic() + timeout
         self._is_close_accepted = False
 
-    def readable(self) -> bool:
+    def readable(self) -> bool:  # BufferedReader requires this.
         return True
 
     def readinto(self, buffer: Any) -> int:
@@ -965,10 +979,7 @@ class _ResponseStream(io.RawIOBase):
         return io.BufferedReader(self)
 
     def accept_close(self) -> None:
-        """From now on, let the response end when the server closes.
-
-        Call this only if nothing else shows where the body ends.
-        """
+        """From now on, treat a closed connection as the end of the body."""
         self._is_close_accepted = True
 
 
@@ -980,14 +991,15 @@ def _make_response(stream: Any, method: str) -> http.client.HTTPResponse:
 
 
 class _RequestWriter(http.client.HTTPConnection):
-    """An HTTPConnection that only writes a request to a connected socket.
+    """Writes a request to a connected socket.
 
-    For https, the socket is already a TLS socket.
+    It is an HTTPConnection that neither connects nor reads. For https, the
+    socket is already a TLS socket.
     """
 
     def __init__(self, host: str, sock: Any) -> None:
         super().__init__(host)
-        self.sock = sock
+        self.sock = sock  # http.client connects only if this is None.
 
 
 @functools.lru_cache()  # because loading certificates takes long
@@ -1053,8 +1065,8 @@ def _ask_for_tunnel(
 ) -> None:
     """Ask a proxy to pass on all following bytes to the target (HOST:PORT).
 
-    HTTPConnection.set_tunnel could do this, but it has no limit for the total
-    time of the response.
+    connection only writes the request. Its own methods to receive a response
+    have no limit for the total time.
     """
     # skip_host, because Host must be the target, and not the proxy.
     connection.putrequest(
@@ -1069,8 +1081,8 @@ def _ask_for_tunnel(
     response.begin()  # receives the status and the headers
     if response.status != 200:
         raise OSError(f"the proxy has answered {response.status}")
-    # The read buffer of the response is discarded here. Nothing is lost with
-    # it, because the proxy sends no more bytes until this side begins TLS.
+    # Here the response is discarded with its read buffer. The socket stays
+    # open, and no byte is lost, because the proxy sends none until TLS begins.
 
 
 def _open_tunnel(
@@ -1093,8 +1105,8 @@ def _open_tunnel(
 
 def _connect(request: Request, timeout: float) -> Any:
     """Return a socket that is connected to the host of a request."""
-    # http goes only to this machine, because build_request checks that. So it
-    # needs no TLS and no proxy.
+    # build_request allows http only to this machine, so http needs no TLS and
+    # no proxy.
     if request.type == "http":
         return _open_socket(
             http.client.HTTPConnection(request.host, timeout=timeout)
@@ -1115,9 +1127,9 @@ def _is_stale(sock: Any) -> bool:
 
     Nothing should arrive on an idle connection. If there is something to
     read, the server has closed it, or has sent bytes that answer no request.
-    A connection that cannot be checked is not used either. (A late TLS session
-    ticket looks like other bytes, so it also makes a connection stale. That
-    costs only time.)
+    A connection that cannot be checked is not used either. (A TLS session
+    ticket that arrives late is also something to read. The only cost is a new
+    connection.)
     """
     # A TLS socket may hold bytes that it has received and decrypted. A
     # selector does not see them.
@@ -1149,7 +1161,7 @@ class _IdleConnections:
         self._by_endpoint[endpoint] = (sock, time.monotonic())
 
     def take(self, endpoint: Any) -> Any:
-        """Return the socket for an endpoint, and keep it no longer.
+        """Remove and return the socket for an endpoint.
 
         Return None if there is none. If the socket is too old or stale, close
         it and return None.
@@ -1191,19 +1203,19 @@ def _check_body_size(body: Union[bytes, bytearray]) -> None:
 
 
 def _check_header_lines(headers: http.client.HTTPMessage) -> None:
-    """Raise if a line is malformed: the headers after it may be missing."""
-    # http.client uses the parser for e-mails. At a malformed line, this parser
-    # does one of two things:
-    # - It records a defect.
-    # - It ends the headers, and treats the remaining lines as the text of the
-    #   e-mail.
-    text = headers.get_payload()  # This is empty if all lines are headers.
-    if headers.defects or text:
+    """Raise if a header line is malformed.
+
+    http.client parses headers with the parser for e-mails. At a malformed
+    line, this parser records a defect, or takes all remaining lines for the
+    text of an e-mail. Then headers are missing, perhaps a Content-Length.
+    """
+    email_text = headers.get_payload()  # empty if every line is a header
+    if headers.defects or email_text:
         raise http.client.HTTPException("a header is malformed")
 
 
 def _check_length_headers(headers: http.client.HTTPMessage) -> None:
-    """Raise if the headers could contradict each other about the length."""
+    """Raise if more than one header says how long the body is."""
     content_lengths = headers.get_all("Content-Length", [])
     transfer_encodings = headers.get_all("Transfer-Encoding", [])
     if len(content_lengths) + len(transfer_encodings) > 1:
@@ -1212,13 +1224,25 @@ def _check_length_headers(headers: http.client.HTTPMessage) -> None:
         )
 
 
-def _ends_by_close(response: http.client.HTTPResponse) -> bool:
-    """Return whether only a close by the server ends the body."""
-    if response.chunked:  # The last chunk is marked.
-        return False
-    # length is 0 if the response cannot have a body. Otherwise, it is the
-    # Content-Length, or None if that is missing or not valid.
-    return response.length is None
+def _check_end_of_body(
+    response: http.client.HTTPResponse, stream: _ResponseStream
+) -> None:
+    """Raise if the body of a success has no visible end.
+
+    Without chunks and without a valid Content-Length, the body ends when the
+    server closes the connection, so it could be cut off. Accept that for an
+    error, because its status is enough.
+    """
+    # length is None if there is no valid Content-Length. For a response that
+    # cannot have a body, it is 0.
+    has_visible_end = response.chunked or response.length is not None
+    if has_visible_end:
+        return
+    if not _is_error(response.status):
+        raise http.client.HTTPException(
+            "without a Content-Length, the body could be incomplete"
+        )
+    stream.accept_close()
 
 
 def _read_raw_body(
@@ -1227,15 +1251,8 @@ def _read_raw_body(
     """Return the body as it was received, perhaps compressed."""
     _check_header_lines(response.headers)
     _check_length_headers(response.headers)
-    if _ends_by_close(response):
-        # Nothing shows whether such a body is complete. An error may have one,
-        # because the status of an error is enough. A success may not.
-        if _is_error(response.status):
-            stream.accept_close()
-        else:
-            raise http.client.HTTPException(
-                "without a Content-Length, the body could be incomplete"
-            )
+    _check_end_of_body(response, stream)
+    # Read in parts, to stop as soon as the body is larger than MAX_BODY.
     body = bytearray()
     while True:
         part = response.read1(65536)
@@ -1269,6 +1286,7 @@ def _read_body(
     """Return the decompressed body; raise an error if it cannot be read."""
     raw_body = _read_raw_body(response, stream)
     encodings = response.headers.get_all("Content-Encoding", [])
+    # Two encodings, such as "gzip, gzip", are not supported.
     encoding = ", ".join(encodings).strip().lower()
     if encoding in ("", "identity"):
         return raw_body
@@ -1303,9 +1321,9 @@ def _is_reusable(
         # the next response.
         return False
     if response.status == 408:
-        # Perhaps the connection was idle for too long, and the server sent
-        # this 408 before it received the request. Then the response to the
-        # request could follow, and be mistaken for the next response.
+        # The server may have sent this because the connection was idle, before
+        # it received the request. Then the real response could still arrive,
+        # and be mistaken for the response to the next request.
         return False
     return not response.will_close
 
@@ -1337,8 +1355,8 @@ def _headers_to_send(request: Request) -> Dict[str, str]:
     """
     headers = dict(request.headers)
     headers["Accept-Encoding"] = "gzip" if _HAS_ZLIB else "identity"
-    # Host has the port of the URL. http.client would leave out port 80, even
-    # for https.
+    # Set Host here: _RequestWriter is an HTTPConnection, so it would leave out
+    # the port of https://HOST:80.
     headers["Host"] = request.host
     return headers
 
@@ -1346,7 +1364,10 @@ def _headers_to_send(request: Request) -> Dict[str, str]:
 def _send_and_receive(
     sock: Any, request: Request, timeout: float
 ) -> Tuple[Response, bool]:
-    """Send a request once, and return what _receive returns."""
+    """Send a request once, and receive its response.
+
+    Return it, and whether the connection can be used for another request.
+    """
     try:
         method = request.get_method()
         headers = _headers_to_send(request)
@@ -1379,7 +1400,7 @@ def send(request: Request, *, timeout: float = DEFAULT_TIMEOUT) -> Response:
 
     timeout is in seconds. It limits each of these steps, and not the whole
     call:
-    - connect to one address (a host may have several)
+    - connect (this begins again for each address of the host)
     - open the tunnel, if there is a proxy
     - begin TLS, if the URL is https
     - send the headers
@@ -1388,8 +1409,9 @@ def send(request: Request, *, timeout: float = DEFAULT_TIMEOUT) -> Response:
     Looking up the addresses of the host has no timeout.
 
     Raises NotSentError or UnknownOutcomeError. Raises ValueError if timeout
-    is not a number above 0 and up to 86400 (a day). A KeyboardInterrupt is
-    raised as it is; the request may have been executed even then.
+    is not a number above 0 and up to 86400 (a day). A KeyboardInterrupt is not
+    converted to one of these errors. After it, too, the request may have been
+    executed.
     """
     _check_timeout(timeout)
     # The process id is included, so that a forked child does not use the
@@ -1435,8 +1457,8 @@ def _decode_or_raise(sent: Request, response: Response) -> Any:
     try:
         body = _decode(response.body)
     except Exception as error:  # such as MemoryError
-        # The request was sent, so only a BPXError may be raised. Callers take
-        # every other Exception to mean that nothing was sent.
+        # The request was sent, so only a BPXError may be raised. For callers,
+        # every other Exception means that nothing was sent.
         raise UnknownOutcomeError(sent, _describe_error(error)) from error
     if _is_error(response.status):
         raise APIError(sent, response.status, body, response.headers)
@@ -1525,7 +1547,7 @@ exit status:
   1  APIError with the status 3xx or 4xx, except 408: the request was not
      executed.
   2  Nothing was sent: a wrong argument, a missing key or module, an interrupt
-     before sending, or a dry run that failed.
+     before the request begins, or a dry run that failed.
   3  NotSentError: the connection could not be made, so nothing was sent.
   4  The exchange may have executed the request. This is the status after an
      UnknownOutcomeError, an APIError with the status 408 or 5xx, an
@@ -1547,22 +1569,24 @@ _STANDARD_ERROR = 2
 def _redirect_to_null_device(descriptor: int) -> None:
     """Make a file descriptor discard what is written to it.
 
-    Call this after a write to a standard stream has failed. Otherwise, Python
-    would try to write the same text again when it exits, fail again, and exit
-    with the status 120.
+    Call this after a write to a standard stream has failed. The text is then
+    still in a buffer of Python, which is written again when Python exits. If
+    that failed, too, Python would exit with the status 120.
     """
-    # It is never closed, because the process ends soon.
     null_device = os.open(os.devnull, os.O_WRONLY)
     os.dup2(null_device, descriptor)
+    # Do not close null_device. If the descriptor was closed before, both are
+    # the same.
 
 
 def _fail(status: int, message: str) -> NoReturn:
     """Print one line on standard error, and exit with a status."""
     line = "bpx.py: " + " ".join(message.split())
     try:
-        if sys.stderr is not None:  # None if this process began without it
+        # sys.stderr is None if it was closed when Python started.
+        if sys.stderr is not None:
             print(line, file=sys.stderr, flush=True)
-    except (OSError, ValueError):  # ValueError if it was closed since then
+    except (OSError, ValueError):  # ValueError if it was closed later
         _redirect_to_null_device(_STANDARD_ERROR)
     sys.exit(status)
 
@@ -1586,8 +1610,8 @@ def _make_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("method", metavar="METHOD", type=str.upper, help="such as GET")
     add("path", metavar="PATH", help="such as /api/v1/order")
-    # Without default=[], argparse would treat name=text as required, and would
-    # list it in the error message for a missing PATH.
+    # default=[] makes name=text optional for argparse. Otherwise, the error
+    # message for a missing PATH would list it, too.
     add(
         "pairs", metavar="name=text", nargs="*", default=[], help="a parameter"
     )
@@ -1612,7 +1636,8 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     add(
         "--instruction",
         metavar="NAME",
-        help="sign with this instruction (default: found by METHOD and PATH)",
+        help="sign with this instruction (default: looked up by METHOD and "
+        "PATH)",
     )
     add(
         "--window",
@@ -1716,7 +1741,7 @@ def _read_secret_key(args: argparse.Namespace) -> Optional[str]:
 def _dry_run(
     args: argparse.Namespace, params: Any, secret_key: Optional[str]
 ) -> str:
-    """Return, as text, the request that would be sent."""
+    """Return the request as text, with its canonical string."""
     _check_timeout(args.timeout)  # as a real run would do
     timestamp = time.time_ns() // 1_000_000
     built = build_request(
@@ -1786,7 +1811,8 @@ def _print_result(result: Any, is_dry_run: bool) -> None:
     not a failure.
     """
     failure_status = 2 if is_dry_run else 4
-    if sys.stdout is None:  # It is closed, and print would do nothing.
+    # sys.stdout is None if it was closed when Python started.
+    if sys.stdout is None:
         _fail(failure_status, "cannot print: standard output is closed")
     try:
         text = result if is_dry_run else json.dumps(result, indent=2)
@@ -1808,7 +1834,7 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     # parse_intermixed_args allows options between the parameters.
     args = _make_parser().parse_intermixed_args(argv)
     # Nothing in this try statement sends a request, so its errors exit with 2.
-    # (The SystemExit of _print_result passes through.)
+    # (An exit of _print_result is not caught: SystemExit is not an Exception.)
     try:
         params = _read_params(args)
         secret_key = _read_secret_key(args)
