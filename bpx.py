@@ -30,7 +30,8 @@ window=5000
 
 This secret key is the example in the exchange's Python guide.
 
-After the error classes come six parts. Each part uses only the parts above it:
+After the errors and some helpers come six parts. Each part uses only what is
+above it:
 
 1. canonical_string returns the text that is signed.
 2. sign_request returns the headers with the signature of that text.
@@ -116,17 +117,18 @@ DEFAULT_TIMEOUT = 10.0  # seconds for each step of a request (see send)
 MAX_IDLE = 15.0  # seconds after which an idle connection is not used again
 MAX_BODY = 16 * 1024 * 1024  # bytes of a response body
 
-# A text of this length or more could be a secret key in a wrong place, so
-# error messages do not show it (see _hide_long). A key has 44 characters, and
-# the last one is "=". The command line splits name=text at the "=", so 43
-# characters of a key remain.
+# Error messages do not show a text of this length or more, because it could
+# be a secret key in a wrong place (see _hide_long). A key has 44 characters
+# and ends with "=". If the command line gets a key in place of name=text, the
+# name is the other 43 characters.
 _MIN_HIDDEN_LENGTH = 43
 
 _MAX_SHOWN_LENGTH = 300  # characters of a text, in an error message
 
 # The parameters of a request: None, a mapping of names to values, or (for a
-# batch of orders) a list or tuple of such mappings. (Type checkers would not
-# accept a list of dicts if this were List and not Sequence.)
+# batch of orders) a list or tuple of such mappings. (Sequence
+# and not List, because type checkers do not accept a List[Dict] as a
+# List[Mapping].)
 Params = Union[Mapping[str, Any], Sequence[Mapping[str, Any]], None]
 
 # Every signed operation of the exchange, in the order of its documentation.
@@ -202,7 +204,7 @@ class BPXError(Exception):
     exchange may have executed the request although there was an error. Before
     you repeat an order, read UnknownOutcomeError. The headers of a signed
     request hold its signature: do not log them before timestamp + window has
-    passed.
+    passed, because until then, anyone who has them can send the request.
     """
 
     outcome_unknown = False
@@ -244,8 +246,9 @@ class APIError(BPXError):
         self.outcome_unknown = status == 408 or status >= 500
         reason = _describe_response(status, self.code, self.message)
         super().__init__(request, reason)
-        # BPXError has set args to (request, reason). But pickle rebuilds an
-        # error by APIError(*args), so args must be these four.
+        # pickle rebuilds an error by APIError(*args). So args must be the
+        # arguments of this method, and not the (request, reason) that BPXError
+        # has set.
         self.args = (request, status, body, headers)
 
 
@@ -274,6 +277,9 @@ class UnknownOutcomeError(BPXError):
     outcome_unknown = True
 
 
+# --- Helpers for error messages and checks ---
+
+
 def _one_line(text: str) -> str:
     """Return the beginning of a text as one printable line."""
     text = text[:_MAX_SHOWN_LENGTH]
@@ -287,7 +293,7 @@ def _describe_error(error: BaseException) -> str:
 
 
 def _describe_response(status: int, code: Any, message: Any) -> str:
-    """Return the status, and code and message if they are single values."""
+    """Return the status, the code and the message as one text."""
     words = [str(status)]
     for field in (code, message):
         # Leave out lists and dicts, which would be hard to read. Cut a text,
@@ -339,9 +345,8 @@ def _plain_str(text: str) -> str:
 #
 # First the parameters are normalized: they are converted to dict, list, str,
 # int and bool, and every None is left out. The signed text and the request
-# that is sent are both made from the normalized values, so they agree. (One
-# exception: an empty list is sent in a JSON body, but adds nothing to the
-# signed text.)
+# that is sent are both made from the normalized values. So they agree, except
+# that an empty list is sent in a JSON body, but not signed.
 
 _INSTRUCTION_PATTERN = re.compile("[A-Za-z0-9]+")
 
@@ -366,19 +371,24 @@ def _needs_no_conversion(mapping: Dict[Any, Any]) -> bool:
     return True
 
 
-def _normalize_mapping(mapping: object, place: str) -> Dict[str, Any]:
+def _normalize_mapping(mapping: Any, place: str) -> Dict[str, Any]:
     """Return the normalized names and values of a mapping."""
     if type(mapping) is dict:
-        # Use a copy, because another thread could change the caller's dict.
-        mapping = dict(mapping)
-        if _needs_no_conversion(mapping):  # a shortcut, for speed
-            return mapping
-    elif not isinstance(mapping, collections.abc.Mapping):
+        return _normalize_dict(mapping, place)
+    if not isinstance(mapping, collections.abc.Mapping):
         raise TypeError(
             f"{place}: pass a mapping of names to values, "
             f"not {type(mapping).__name__}"
         )
     return _normalize_items(mapping, place)
+
+
+def _normalize_dict(mapping: Dict[Any, Any], place: str) -> Dict[str, Any]:
+    # Use a copy, because another thread could change the caller's dict.
+    copy = dict(mapping)
+    if _needs_no_conversion(copy):  # a shortcut, for speed
+        return copy
+    return _normalize_items(copy, place)
 
 
 def _normalize_items(mapping: Mapping[Any, Any], place: str) -> Dict[str, Any]:
@@ -411,7 +421,8 @@ def _normalize_name(name: Any, place: str) -> str:
 
 def _normalize_value(value: Any, place: str) -> Any:
     """Return the normalized value, or None if it is to be left out."""
-    if isinstance(value, Enum):  # Tested first: it may also be a str or int.
+    # This test comes first, because an Enum member may also be a str or int.
+    if isinstance(value, Enum):
         return _normalize_value(value.value, place)
     if value is None or isinstance(value, bool):
         return value
@@ -453,7 +464,7 @@ def _normalize_decimal(value: Decimal, place: str) -> str:
     number = Decimal(value)  # a plain Decimal, even from a subclass
     if not number.is_finite():
         raise ValueError(f"{place}: pass a finite number, not {number}")
-    # The exponent in scientific notation: 2 for 123, which is 1.23E+2.
+    # The exponent in scientific notation, for example 2 for 123 (1.23E+2).
     exponent = number.adjusted()
     if abs(exponent) >= 1000:  # 1E+999999999 has a billion digits.
         raise ValueError(
@@ -493,11 +504,12 @@ def _normalize_params(params: Any) -> List[Dict[str, Any]]:
         else:
             mapping = {} if params is None else params
             mappings = [_normalize_mapping(mapping, "params")]
-    except RecursionError:  # a subclass of RuntimeError, so it comes first
+    # RecursionError is a subclass of RuntimeError, so it is caught first.
+    except RecursionError:
         raise ValueError("params: pass fewer levels of nesting") from None
     except RuntimeError as error:
         # Python raises this if a mapping is changed while it is read. (It does
-        # not happen to plain dicts, because _normalize_mapping copies them.)
+        # not happen to plain dicts, because _normalize_dict copies them.)
         raise ValueError(
             f"params: pass a copy that no other thread changes ({error})"
         ) from None
@@ -564,7 +576,7 @@ def _make_canonical_string(
             f"not {_describe_value(window)}"
         )
     # instruction=<instruction>&<name>=<value>&...&timestamp=<ms>&window=<ms>
-    # In a batch, instruction and parameters are repeated for each order.
+    # A batch has the instruction and the parameters of each order in turn.
     parts = []
     for mapping in mappings:
         parts.append(f"instruction={instruction}")
@@ -586,8 +598,9 @@ def canonical_string(
     instruction is the exchange's name for the operation, such as
     "orderExecute". params is a mapping, or a list of mappings for a batch of
     orders, or None if there are no parameters. A parameter whose value is None
-    is left out. timestamp (Unix time) and window are in milliseconds. In the
-    text of a batch, instruction and parameters are repeated for each order.
+    is left out. timestamp (Unix time) and window are in milliseconds. For a
+    batch, the text has the instruction and the parameters of each order in
+    turn, and at the end one timestamp and one window.
 
     The exchange does not document how a list or a mapping within params is
     signed; the form used here is an assumption.
@@ -736,7 +749,7 @@ def _normalize_method(method: Any) -> str:
 
 
 def _normalize_path(value: Any) -> str:
-    """Return the path."""
+    """Return the path as a str; raise if it is not valid."""
     _check_str(value, "path")
     path = _plain_str(value)
     if "://" in path or path.startswith("//"):
@@ -845,7 +858,7 @@ def _query_string(mapping: Dict[str, Any]) -> str:
     pairs = _name_value_pairs(mapping)
     if not pairs:
         return ""
-    # quote_via, so that a space is sent as %20, and not as a plus sign.
+    # quote writes a space as %20. (The default would write a plus sign.)
     return "?" + urllib.parse.urlencode(pairs, quote_via=urllib.parse.quote)
 
 
@@ -911,18 +924,18 @@ def build_request(
 # - follows redirects, and so could send the signature to another host,
 # - has no limit for the total time of a response.
 #
-# Each thread keeps one idle connection for each scheme, host and port. It is
-# closed when the thread ends, or when the next request finds it too old or
-# stale. It is also closed after a failure, because a late response could be
-# mistaken for the response to the next request.
+# Each thread keeps one idle connection for each scheme, host and port. It
+# stays open until the thread ends, or until the next request to the same host
+# finds it too old or stale. After a failure, it is closed at once, because a
+# late response could be mistaken for the response to the next request.
 #
 # Only the socket is kept. For each request, two new objects use it: a
 # _RequestWriter writes the request, and an HTTPResponse reads the response
-# (through a _ResponseStream, which adds the time limit).
+# from a _ResponseStream, which adds the time limit.
 #
-# A server could send extra bytes after a response. Those that are already in
-# the read buffer of the HTTPResponse are discarded with it. Those that arrive
-# later make the connection stale (see _is_stale).
+# A server could send extra bytes after a response. Those that the HTTPResponse
+# has already read into its buffer are discarded with it. All others make the
+# connection stale (see _is_stale).
 
 
 class Response(NamedTuple):
@@ -938,18 +951,14 @@ class Response(NamedTuple):
 
 
 class _ResponseStream(io.RawIOBase):
-    """Takes the place of the socket from which an HTTPResponse reads.
+    """The stream from which an HTTPResponse reads: the bytes of a socket.
 
-    HTTPResponse <- read buffer <- _ResponseStream <- socket
-
-    HTTPResponse expects a socket, but calls only its makefile method, which
-    returns the read buffer. The read buffer calls readinto. Three things
-    differ from a socket:
+    It differs from the stream that the socket itself would give in three ways:
     - The time limit is for the whole response, and not for each read.
       (Otherwise, a slow server could make a response last forever.)
-    - If the server closes the connection, readinto raises EOFError.
-      (Otherwise, http.client would treat headers that are cut off as
-      complete.)
+    - If the server closes the connection, it raises EOFError, unless
+      accept_close was called. (Otherwise, http.client would treat headers
+      that are cut off as complete.)
     - close() does not close the socket, so that it can be used again.
     """
 
@@ -974,20 +983,33 @@ class _ResponseStream(io.RawIOBase):
             )
         return size
 
-    def makefile(self, mode: str) -> io.BufferedReader:
-        """Return a read buffer. (mode is always "rb".)"""
-        return io.BufferedReader(self)
-
     def accept_close(self) -> None:
         """From now on, treat a closed connection as the end of the body."""
         self._is_close_accepted = True
 
 
-def _make_response(stream: Any, method: str) -> http.client.HTTPResponse:
-    """Return a response that will be read from a _ResponseStream."""
-    # The debuglevel is passed so that the debug output of http.client works.
+class _FakeSocket:
+    """What an HTTPResponse gets in place of a socket.
+
+    HTTPResponse calls only makefile, and then reads from its result.
+    """
+
+    def __init__(self, stream: _ResponseStream) -> None:
+        self._stream = stream
+
+    def makefile(self, mode: str) -> io.BufferedReader:
+        """Return the stream with a read buffer. (mode is always "rb".)"""
+        return io.BufferedReader(self._stream)
+
+
+def _make_response(
+    stream: _ResponseStream, method: str
+) -> http.client.HTTPResponse:
+    """Return a response that will be read from the stream."""
+    fake_socket: Any = _FakeSocket(stream)
+    # Pass the debuglevel on, as http.client does, so that it also works here.
     debuglevel = http.client.HTTPConnection.debuglevel
-    return http.client.HTTPResponse(stream, debuglevel, method)
+    return http.client.HTTPResponse(fake_socket, debuglevel, method)
 
 
 class _RequestWriter(http.client.HTTPConnection):
@@ -1065,8 +1087,9 @@ def _ask_for_tunnel(
 ) -> None:
     """Ask a proxy to pass on all following bytes to the target (HOST:PORT).
 
-    connection only writes the request. Its own methods to receive a response
-    have no limit for the total time.
+    HTTPConnection.set_tunnel could do this, but without a limit for the total
+    time of the response. So the connection only writes the request here, and a
+    _ResponseStream reads the response.
     """
     # skip_host, because Host must be the target, and not the proxy.
     connection.putrequest(
@@ -1081,8 +1104,9 @@ def _ask_for_tunnel(
     response.begin()  # receives the status and the headers
     if response.status != 200:
         raise OSError(f"the proxy has answered {response.status}")
-    # Here the response is discarded with its read buffer. The socket stays
-    # open, and no byte is lost, because the proxy sends none until TLS begins.
+    # Here the response is discarded with its read buffer, and the socket stays
+    # open. The buffer has no bytes of TLS, because in TLS the client speaks
+    # first.
 
 
 def _open_tunnel(
@@ -1127,9 +1151,9 @@ def _is_stale(sock: Any) -> bool:
 
     Nothing should arrive on an idle connection. If there is something to
     read, the server has closed it, or has sent bytes that answer no request.
-    A connection that cannot be checked is not used either. (A TLS session
-    ticket that arrives late is also something to read. The only cost is a new
-    connection.)
+    A connection that cannot be checked is not used either. (A late TLS session
+    ticket also counts as something to read. Then a good connection is closed,
+    which costs only a new one.)
     """
     # A TLS socket may hold bytes that it has received and decrypted. A
     # selector does not see them.
@@ -1203,14 +1227,13 @@ def _check_body_size(body: Union[bytes, bytearray]) -> None:
 
 
 def _check_header_lines(headers: http.client.HTTPMessage) -> None:
-    """Raise if a header line is malformed.
-
-    http.client parses headers with the parser for e-mails. At a malformed
-    line, this parser records a defect, or takes all remaining lines for the
-    text of an e-mail. Then headers are missing, perhaps a Content-Length.
-    """
-    email_text = headers.get_payload()  # empty if every line is a header
-    if headers.defects or email_text:
+    """Raise if a header line is malformed."""
+    # http.client parses headers as those of an e-mail. At a line that is not a
+    # header, the parser records a defect, or stops and keeps the rest as the
+    # text of the e-mail. In both cases, headers after that line can be lost,
+    # such as a Content-Length.
+    rest = headers.get_payload()  # empty if every line is a header
+    if headers.defects or rest:
         raise http.client.HTTPException("a header is malformed")
 
 
@@ -1224,25 +1247,15 @@ def _check_length_headers(headers: http.client.HTTPMessage) -> None:
         )
 
 
-def _check_end_of_body(
-    response: http.client.HTTPResponse, stream: _ResponseStream
-) -> None:
-    """Raise if the body of a success has no visible end.
+def _is_end_visible(response: http.client.HTTPResponse) -> bool:
+    """Return whether chunks or a Content-Length show where the body ends.
 
-    Without chunks and without a valid Content-Length, the body ends when the
-    server closes the connection, so it could be cut off. Accept that for an
-    error, because its status is enough.
+    Otherwise, it ends when the server closes the connection, and nothing shows
+    whether it was cut off.
     """
-    # length is None if there is no valid Content-Length. For a response that
-    # cannot have a body, it is 0.
-    has_visible_end = response.chunked or response.length is not None
-    if has_visible_end:
-        return
-    if not _is_error(response.status):
-        raise http.client.HTTPException(
-            "without a Content-Length, the body could be incomplete"
-        )
-    stream.accept_close()
+    # response.length is None if there is no valid Content-Length. It is 0 for
+    # a response that cannot have a body.
+    return response.chunked or response.length is not None
 
 
 def _read_raw_body(
@@ -1251,7 +1264,13 @@ def _read_raw_body(
     """Return the body as it was received, perhaps compressed."""
     _check_header_lines(response.headers)
     _check_length_headers(response.headers)
-    _check_end_of_body(response, stream)
+    if not _is_end_visible(response):
+        if not _is_error(response.status):
+            raise http.client.HTTPException(
+                "without a Content-Length, the body could be incomplete"
+            )
+        # The status of an error is enough, so its body may be incomplete.
+        stream.accept_close()
     # Read in parts, to stop as soon as the body is larger than MAX_BODY.
     body = bytearray()
     while True:
@@ -1321,9 +1340,9 @@ def _is_reusable(
         # the next response.
         return False
     if response.status == 408:
-        # The server may have sent this because the connection was idle, before
-        # it received the request. Then the real response could still arrive,
-        # and be mistaken for the response to the next request.
+        # The server may have sent this 408 before the request reached it,
+        # because the connection was idle for too long. The real response could
+        # come later, and be mistaken for the response to the next request.
         return False
     return not response.will_close
 
@@ -1355,8 +1374,8 @@ def _headers_to_send(request: Request) -> Dict[str, str]:
     """
     headers = dict(request.headers)
     headers["Accept-Encoding"] = "gzip" if _HAS_ZLIB else "identity"
-    # Set Host here: _RequestWriter is an HTTPConnection, so it would leave out
-    # the port of https://HOST:80.
+    # Set Host here. _RequestWriter takes 80 for the default port, even for
+    # https, so it would leave out the port of https://HOST:80.
     headers["Host"] = request.host
     return headers
 
@@ -1391,16 +1410,14 @@ def _check_timeout(timeout: Any) -> None:
 
 
 def send(request: Request, *, timeout: float = DEFAULT_TIMEOUT) -> Response:
-    """Send a request from build_request once, and return the response.
+    """Send a request of build_request once, and return its response.
 
     The response may have any status from 200 on. The body of a 2xx response is
-    always complete. The body of any other response may be incomplete: it is
-    empty if it could not be read, and it may be cut off if the server gave no
-    length.
+    always complete. The body of any other response is empty if it could not be
+    read, and may be cut off if the server gave no length.
 
-    timeout is in seconds. It limits each of these steps, and not the whole
-    call:
-    - connect (this begins again for each address of the host)
+    timeout is in seconds. It limits each of these steps, not the whole call:
+    - connect (each address of the host has the full timeout)
     - open the tunnel, if there is a proxy
     - begin TLS, if the URL is https
     - send the headers
@@ -1408,10 +1425,9 @@ def send(request: Request, *, timeout: float = DEFAULT_TIMEOUT) -> Response:
     - receive the whole response
     Looking up the addresses of the host has no timeout.
 
-    Raises NotSentError or UnknownOutcomeError. Raises ValueError if timeout
-    is not a number above 0 and up to 86400 (a day). A KeyboardInterrupt is not
-    converted to one of these errors. After it, too, the request may have been
-    executed.
+    Raises NotSentError, UnknownOutcomeError, or ValueError for a timeout that
+    is not above 0 and at most 86400 (a day). A KeyboardInterrupt is raised as
+    it is. The request may have been executed then, too.
     """
     _check_timeout(timeout)
     # The process id is included, so that a forked child does not use the
@@ -1569,14 +1585,14 @@ _STANDARD_ERROR = 2
 def _redirect_to_null_device(descriptor: int) -> None:
     """Make a file descriptor discard what is written to it.
 
-    Call this after a write to a standard stream has failed. The text is then
-    still in a buffer of Python, which is written again when Python exits. If
-    that failed, too, Python would exit with the status 120.
+    Call this after a write to sys.stdout or sys.stderr has failed. Python
+    still holds the text, and tries to write it again when it exits. If that
+    failed as well, the exit status would be 120.
     """
     null_device = os.open(os.devnull, os.O_WRONLY)
     os.dup2(null_device, descriptor)
-    # Do not close null_device. If the descriptor was closed before, both are
-    # the same.
+    # Do not close null_device. If the descriptor was closed before, os.open
+    # may have returned the same number.
 
 
 def _fail(status: int, message: str) -> NoReturn:
@@ -1610,8 +1626,8 @@ def _make_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("method", metavar="METHOD", type=str.upper, help="such as GET")
     add("path", metavar="PATH", help="such as /api/v1/order")
-    # default=[] makes name=text optional for argparse. Otherwise, the error
-    # message for a missing PATH would list it, too.
+    # Without default=[], argparse would also list name=text in the error
+    # message for a missing PATH.
     add(
         "pairs", metavar="name=text", nargs="*", default=[], help="a parameter"
     )
@@ -1765,7 +1781,7 @@ def _dry_run(
         value = built.get_header(name.capitalize())
         if value is not None:
             lines.append(f"{name}: {value}")
-    if isinstance(built.data, bytes):  # It is bytes or None.
+    if isinstance(built.data, bytes):  # It is None for GET.
         lines.append(built.data.decode())
     return "\n".join(lines)
 
@@ -1834,7 +1850,7 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     # parse_intermixed_args allows options between the parameters.
     args = _make_parser().parse_intermixed_args(argv)
     # Nothing in this try statement sends a request, so its errors exit with 2.
-    # (An exit of _print_result is not caught: SystemExit is not an Exception.)
+    # (If _print_result exits, its SystemExit passes: it is not an Exception.)
     try:
         params = _read_params(args)
         secret_key = _read_secret_key(args)
