@@ -48,8 +48,8 @@ signatures are base64, and text is UTF-8. Pass prices and quantities as str or
 Decimal, never as float. The file needs Python 3.8 or later, and PyNaCl for
 signing.
 
-There is no separate function for each operation, such as place_order: you
-pass the method and the path of the operation. This module has no
+There are no functions such as place_order: you pass the method and the path
+of each operation. This module has no
 WebSocket streams, never repeats a request, and has no rate limiter. It uses
 the environment variables https_proxy and no_proxy, and on Windows and macOS
 also the proxy in the settings of the system. Python's ssl module also reads
@@ -118,17 +118,17 @@ MAX_IDLE = 15.0  # seconds after which an idle connection is not used again
 MAX_BODY = 16 * 1024 * 1024  # bytes of a response body
 
 # Error messages do not show a text of this length or more, because it could
-# be a secret key in a wrong place (see _hide_long). A key has 44 characters
-# and ends with "=". If the command line gets a key in place of name=text, the
-# name is the other 43 characters.
+# be a secret key in a wrong place (see _hide_long). A key has 44 characters,
+# but _parse_pair cuts off the "=" at its end.
 _MIN_HIDDEN_LENGTH = 43
 
 _MAX_SHOWN_LENGTH = 300  # characters of a text, in an error message
 
 # The parameters of a request: None, a mapping of names to values, or (for a
-# batch of orders) a list or tuple of such mappings. (Sequence
-# and not List, because type checkers do not accept a List[Dict] as a
-# List[Mapping].)
+# batch of orders) a list or tuple of such mappings.
+#
+# Sequence is used because type checkers do not accept a List[Dict] as a
+# List[Mapping]. At run time, only a list or tuple is accepted.
 Params = Union[Mapping[str, Any], Sequence[Mapping[str, Any]], None]
 
 # Every signed operation of the exchange, in the order of its documentation.
@@ -246,9 +246,8 @@ class APIError(BPXError):
         self.outcome_unknown = status == 408 or status >= 500
         reason = _describe_response(status, self.code, self.message)
         super().__init__(request, reason)
-        # pickle rebuilds an error by APIError(*args). So args must be the
-        # arguments of this method, and not the (request, reason) that BPXError
-        # has set.
+        # To rebuild an error, pickle calls APIError(*self.args). BPXError has
+        # set args to (request, reason), but this class needs four arguments.
         self.args = (request, status, body, headers)
 
 
@@ -271,7 +270,7 @@ class UnknownOutcomeError(BPXError):
        (urllib changes the case).
     2. Search for the clientId: GET /api/v1/order finds an open order with it,
        and GET /wapi/v1/history/orders lists filled and cancelled orders. If
-       neither has it, look again later: the history could be late.
+       neither has it, look again later, because the history could be late.
     """
 
     outcome_unknown = True
@@ -345,8 +344,9 @@ def _plain_str(text: str) -> str:
 #
 # First the parameters are normalized: they are converted to dict, list, str,
 # int and bool, and every None is left out. The signed text and the request
-# that is sent are both made from the normalized values. So they agree, except
-# that an empty list is sent in a JSON body, but not signed.
+# that is sent are both made from the normalized values, so they agree. There
+# is one exception: an empty list is in a JSON body, but it adds nothing to the
+# signed text.
 
 _INSTRUCTION_PATTERN = re.compile("[A-Za-z0-9]+")
 
@@ -371,24 +371,19 @@ def _needs_no_conversion(mapping: Dict[Any, Any]) -> bool:
     return True
 
 
-def _normalize_mapping(mapping: Any, place: str) -> Dict[str, Any]:
+def _normalize_mapping(mapping: object, place: str) -> Dict[str, Any]:
     """Return the normalized names and values of a mapping."""
-    if type(mapping) is dict:
-        return _normalize_dict(mapping, place)
     if not isinstance(mapping, collections.abc.Mapping):
         raise TypeError(
             f"{place}: pass a mapping of names to values, "
             f"not {type(mapping).__name__}"
         )
+    if type(mapping) is dict:
+        # Use a copy, because another thread could change the caller's dict.
+        mapping = dict(mapping)
+        if _needs_no_conversion(mapping):  # a shortcut, for speed
+            return mapping
     return _normalize_items(mapping, place)
-
-
-def _normalize_dict(mapping: Dict[Any, Any], place: str) -> Dict[str, Any]:
-    # Use a copy, because another thread could change the caller's dict.
-    copy = dict(mapping)
-    if _needs_no_conversion(copy):  # a shortcut, for speed
-        return copy
-    return _normalize_items(copy, place)
 
 
 def _normalize_items(mapping: Mapping[Any, Any], place: str) -> Dict[str, Any]:
@@ -401,8 +396,8 @@ def _normalize_items(mapping: Mapping[Any, Any], place: str) -> Dict[str, Any]:
             raise ValueError(f"{place}: pass each name only once")
         place_of_value = f"{place}.{_hide_long(name)}"
         normalized[name] = _normalize_value(value, place_of_value)
-    # None is removed only now, so that a repeated name is found even if one of
-    # its values is None.
+    # Remove None only here. If the loop left it out, a name that is repeated
+    # with None would not be noticed.
     return {
         name: value for name, value in normalized.items() if value is not None
     }
@@ -464,9 +459,10 @@ def _normalize_decimal(value: Decimal, place: str) -> str:
     number = Decimal(value)  # a plain Decimal, even from a subclass
     if not number.is_finite():
         raise ValueError(f"{place}: pass a finite number, not {number}")
-    # The exponent in scientific notation, for example 2 for 123 (1.23E+2).
+    # Limit the exponent in scientific notation (123 is 1.23E+2, so it is 2).
+    # The plain notation of 1E+999999999 would have a billion digits.
     exponent = number.adjusted()
-    if abs(exponent) >= 1000:  # 1E+999999999 has a billion digits.
+    if abs(exponent) >= 1000:
         raise ValueError(
             f"{place}: pass an exponent from -999 to +999, "
             f"not {_hide_long(str(number))}"
@@ -475,7 +471,10 @@ def _normalize_decimal(value: Decimal, place: str) -> str:
 
 
 def _normalize_list(items: Any, place: str) -> List[Any]:
-    """Return the normalized items; raise if one is a list or a mapping."""
+    """Return the normalized items, without those that are None.
+
+    Raise if an item is a list or a mapping.
+    """
     normalized = []
     for index, item in enumerate(items):
         value = _normalize_value(item, f"{place}[{index}]")
@@ -504,12 +503,12 @@ def _normalize_params(params: Any) -> List[Dict[str, Any]]:
         else:
             mapping = {} if params is None else params
             mappings = [_normalize_mapping(mapping, "params")]
-    # RecursionError is a subclass of RuntimeError, so it is caught first.
     except RecursionError:
+        # (This must stand before RuntimeError, which is its base class.)
         raise ValueError("params: pass fewer levels of nesting") from None
     except RuntimeError as error:
         # Python raises this if a mapping is changed while it is read. (It does
-        # not happen to plain dicts, because _normalize_dict copies them.)
+        # not happen to a plain dict, because _normalize_mapping copies it.)
         raise ValueError(
             f"params: pass a copy that no other thread changes ({error})"
         ) from None
@@ -576,7 +575,8 @@ def _make_canonical_string(
             f"not {_describe_value(window)}"
         )
     # instruction=<instruction>&<name>=<value>&...&timestamp=<ms>&window=<ms>
-    # A batch has the instruction and the parameters of each order in turn.
+    # In a batch, each order has its own instruction=..., followed by its
+    # parameters. The timestamp and the window come once, at the end.
     parts = []
     for mapping in mappings:
         parts.append(f"instruction={instruction}")
@@ -597,10 +597,11 @@ def canonical_string(
 
     instruction is the exchange's name for the operation, such as
     "orderExecute". params is a mapping, or a list of mappings for a batch of
-    orders, or None if there are no parameters. A parameter whose value is None
-    is left out. timestamp (Unix time) and window are in milliseconds. For a
-    batch, the text has the instruction and the parameters of each order in
-    turn, and at the end one timestamp and one window.
+    orders, or None if there are no parameters. A parameter or an item of a
+    list that is None is left out. timestamp (Unix time) and window are in
+    milliseconds. In the text of a batch, each order has its own
+    instruction=..., followed by its parameters. The timestamp and the window
+    come once, at the end.
 
     The exchange does not document how a list or a mapping within params is
     signed; the form used here is an assumption.
@@ -933,9 +934,9 @@ def build_request(
 # _RequestWriter writes the request, and an HTTPResponse reads the response
 # from a _ResponseStream, which adds the time limit.
 #
-# A server could send extra bytes after a response. Those that the HTTPResponse
-# has already read into its buffer are discarded with it. All others make the
-# connection stale (see _is_stale).
+# A server could send extra bytes after a response. If they are already in the
+# read buffer of the HTTPResponse, they disappear with it. If they are still in
+# the socket, the connection is stale.
 
 
 class Response(NamedTuple):
@@ -951,15 +952,17 @@ class Response(NamedTuple):
 
 
 class _ResponseStream(io.RawIOBase):
-    """The stream from which an HTTPResponse reads: the bytes of a socket.
+    """The stream from which the read buffer of an HTTPResponse is filled.
 
-    It differs from the stream that the socket itself would give in three ways:
+    It differs from the stream of the socket itself, socket.makefile():
     - The time limit is for the whole response, and not for each read.
       (Otherwise, a slow server could make a response last forever.)
-    - If the server closes the connection, it raises EOFError, unless
-      accept_close was called. (Otherwise, http.client would treat headers
-      that are cut off as complete.)
-    - close() does not close the socket, so that it can be used again.
+    - It is an error (EOFError) if the server closes the connection.
+      (Otherwise, http.client would treat headers that are cut off as
+      complete.) accept_close switches this off, for a body that ends when the
+      server closes.
+    - The close method of this stream leaves the socket open, so that it can be
+      used again.
     """
 
     def __init__(self, sock: Any, timeout: float) -> None:
@@ -967,11 +970,14 @@ class _ResponseStream(io.RawIOBase):
         self._deadline = time.monotonic() + timeout
         self._is_close_accepted = False
 
-    def readable(self) -> bool:  # BufferedReader requires this.
+    def readable(self) -> bool:  # The read buffer requires this.
         return True
 
     def readinto(self, buffer: Any) -> int:
-        """Receive bytes into the buffer, and return their number."""
+        """Receive bytes into the buffer, and return their number.
+
+        The read buffer calls this whenever it is empty.
+        """
         remaining = self._deadline - time.monotonic()
         if remaining <= 0:
             raise TimeoutError("timed out")
@@ -1007,7 +1013,7 @@ def _make_response(
 ) -> http.client.HTTPResponse:
     """Return a response that will be read from the stream."""
     fake_socket: Any = _FakeSocket(stream)
-    # Pass the debuglevel on, as http.client does, so that it also works here.
+    # So that HTTPConnection.debuglevel also works for this response.
     debuglevel = http.client.HTTPConnection.debuglevel
     return http.client.HTTPResponse(fake_socket, debuglevel, method)
 
@@ -1015,8 +1021,9 @@ def _make_response(
 class _RequestWriter(http.client.HTTPConnection):
     """Writes a request to a connected socket.
 
-    It is an HTTPConnection that neither connects nor reads. For https, the
-    socket is already a TLS socket.
+    It is an HTTPConnection that neither connects nor reads. When it is
+    deleted, the socket stays open. For https, the socket is already a TLS
+    socket.
     """
 
     def __init__(self, host: str, sock: Any) -> None:
@@ -1099,14 +1106,13 @@ def _ask_for_tunnel(
     for name, value in proxy.headers.items():
         connection.putheader(name, value)
     connection.endheaders()
+    # The read buffer of the response is lost when this function returns. No
+    # bytes of TLS are lost with it: the proxy sends none until TLS begins.
     stream = _ResponseStream(connection.sock, timeout)
     response = _make_response(stream, "CONNECT")
     response.begin()  # receives the status and the headers
     if response.status != 200:
         raise OSError(f"the proxy has answered {response.status}")
-    # Here the response is discarded with its read buffer, and the socket stays
-    # open. The buffer has no bytes of TLS, because in TLS the client speaks
-    # first.
 
 
 def _open_tunnel(
@@ -1152,11 +1158,11 @@ def _is_stale(sock: Any) -> bool:
     Nothing should arrive on an idle connection. If there is something to
     read, the server has closed it, or has sent bytes that answer no request.
     A connection that cannot be checked is not used either. (A late TLS session
-    ticket also counts as something to read. Then a good connection is closed,
-    which costs only a new one.)
+    ticket can also be read. Then a good connection is closed, and the only
+    cost is a new one.)
     """
-    # A TLS socket may hold bytes that it has received and decrypted. A
-    # selector does not see them.
+    # Only a TLS socket has pending(). It may hold bytes that it has received
+    # and decrypted, which a selector does not see.
     if hasattr(sock, "pending") and sock.pending():
         return True
     try:
@@ -1228,12 +1234,12 @@ def _check_body_size(body: Union[bytes, bytearray]) -> None:
 
 def _check_header_lines(headers: http.client.HTTPMessage) -> None:
     """Raise if a header line is malformed."""
-    # http.client parses headers as those of an e-mail. At a line that is not a
-    # header, the parser records a defect, or stops and keeps the rest as the
-    # text of the e-mail. In both cases, headers after that line can be lost,
-    # such as a Content-Length.
-    rest = headers.get_payload()  # empty if every line is a header
-    if headers.defects or rest:
+    # http.client uses the parser for e-mails, which raises no error. At a line
+    # that is not a header, it records a defect, or takes that line and all
+    # lines after it for the text of the e-mail. Then headers can be lost, such
+    # as a Content-Length.
+    email_text = headers.get_payload()  # empty if every line is a header
+    if headers.defects or email_text:
         raise http.client.HTTPException("a header is malformed")
 
 
@@ -1247,14 +1253,15 @@ def _check_length_headers(headers: http.client.HTTPMessage) -> None:
         )
 
 
-def _is_end_visible(response: http.client.HTTPResponse) -> bool:
-    """Return whether chunks or a Content-Length show where the body ends.
+def _has_known_end(response: http.client.HTTPResponse) -> bool:
+    """Return whether the response says where its body ends.
 
-    Otherwise, it ends when the server closes the connection, and nothing shows
-    whether it was cut off.
+    It does so by chunks, by a Content-Length, or because it has no body.
+    Otherwise, the body ends when the server closes the connection, and nothing
+    shows whether it was cut off.
     """
-    # response.length is None if there is no valid Content-Length. It is 0 for
-    # a response that cannot have a body.
+    # length is the Content-Length, or None if there is none that is valid. It
+    # is 0 if the response has no body.
     return response.chunked or response.length is not None
 
 
@@ -1264,13 +1271,13 @@ def _read_raw_body(
     """Return the body as it was received, perhaps compressed."""
     _check_header_lines(response.headers)
     _check_length_headers(response.headers)
-    if not _is_end_visible(response):
-        if not _is_error(response.status):
+    if not _has_known_end(response):
+        if _is_error(response.status):
+            stream.accept_close()  # The body of an error may be incomplete.
+        else:
             raise http.client.HTTPException(
                 "without a Content-Length, the body could be incomplete"
             )
-        # The status of an error is enough, so its body may be incomplete.
-        stream.accept_close()
     # Read in parts, to stop as soon as the body is larger than MAX_BODY.
     body = bytearray()
     while True:
@@ -1374,8 +1381,8 @@ def _headers_to_send(request: Request) -> Dict[str, str]:
     """
     headers = dict(request.headers)
     headers["Accept-Encoding"] = "gzip" if _HAS_ZLIB else "identity"
-    # Set Host here. _RequestWriter takes 80 for the default port, even for
-    # https, so it would leave out the port of https://HOST:80.
+    # Set Host here, because _RequestWriter would leave out port 80. For
+    # https://HOST:80, that would be wrong.
     headers["Host"] = request.host
     return headers
 
@@ -1425,9 +1432,9 @@ def send(request: Request, *, timeout: float = DEFAULT_TIMEOUT) -> Response:
     - receive the whole response
     Looking up the addresses of the host has no timeout.
 
-    Raises NotSentError, UnknownOutcomeError, or ValueError for a timeout that
-    is not above 0 and at most 86400 (a day). A KeyboardInterrupt is raised as
-    it is. The request may have been executed then, too.
+    Raises NotSentError or UnknownOutcomeError, and ValueError unless
+    0 < timeout <= 86400 (a day). A KeyboardInterrupt is not converted; after
+    it, too, the request may have been executed.
     """
     _check_timeout(timeout)
     # The process id is included, so that a forked child does not use the
@@ -1473,8 +1480,8 @@ def _decode_or_raise(sent: Request, response: Response) -> Any:
     try:
         body = _decode(response.body)
     except Exception as error:  # such as MemoryError
-        # The request was sent, so only a BPXError may be raised. For callers,
-        # every other Exception means that nothing was sent.
+        # The request was sent, so raise a BPXError. Callers take any other
+        # Exception to mean that nothing was sent (see the function request).
         raise UnknownOutcomeError(sent, _describe_error(error)) from error
     if _is_error(response.status):
         raise APIError(sent, response.status, body, response.headers)
@@ -1559,7 +1566,8 @@ example:
       orderType=Limit price=170.50 quantity=1.0 postOnly:=true
 
 exit status:
-  0  The status was 2xx. Even then, orders of a batch may have failed.
+  0  The status was 2xx (orders of a batch may have failed even then), or a
+     dry run succeeded.
   1  APIError with the status 3xx or 4xx, except 408: the request was not
      executed.
   2  Nothing was sent: a wrong argument, a missing key or module, an interrupt
@@ -1585,14 +1593,14 @@ _STANDARD_ERROR = 2
 def _redirect_to_null_device(descriptor: int) -> None:
     """Make a file descriptor discard what is written to it.
 
-    Call this after a write to sys.stdout or sys.stderr has failed. Python
-    still holds the text, and tries to write it again when it exits. If that
-    failed as well, the exit status would be 120.
+    Call this after a write to sys.stdout or sys.stderr has failed. The text is
+    then still in a buffer of Python, and is written again at exit. A second
+    failure would change the exit status to 120.
     """
     null_device = os.open(os.devnull, os.O_WRONLY)
     os.dup2(null_device, descriptor)
-    # Do not close null_device. If the descriptor was closed before, os.open
-    # may have returned the same number.
+    # Leave null_device open. If the descriptor was closed, os.open has reused
+    # its number, and the two are the same.
 
 
 def _fail(status: int, message: str) -> NoReturn:
@@ -1708,14 +1716,16 @@ def _parse_json(source: str, text: Union[str, bytes]) -> Any:
 
 def _parse_pair(pair: str) -> Tuple[str, Any]:
     """Return the name and the value of name=text or name:=json."""
+    # Both forms are split at the first "=": "a:=1" gives "a:" and "1".
     name, separator, text = pair.partition("=")
-    is_json = name.endswith(":")  # "a:=1" is split into "a:" and "1"
+    is_json = name.endswith(":")
     if is_json:
         name = name[:-1]
     if not name or not separator:
         raise ValueError(
             f"pass name=text or name:=json, not {_hide_long(pair)!r}"
         )
+    # Without its "=", a secret key has 43 characters.
     if len(name) >= _MIN_HIDDEN_LENGTH:
         raise ValueError("pass a shorter name; this one could be a secret key")
     if name == "BPX_SECRET_KEY":
@@ -1754,7 +1764,17 @@ def _read_secret_key(args: argparse.Namespace) -> Optional[str]:
     return os.environ["BPX_SECRET_KEY"]
 
 
-def _dry_run(
+def _read_inputs(args: argparse.Namespace) -> Tuple[Any, Optional[str]]:
+    """Return the parameters and the secret key; exit with 2 if that fails."""
+    try:
+        return _read_params(args), _read_secret_key(args)
+    except KeyboardInterrupt:
+        _fail(2, "interrupted (nothing was sent)")
+    except Exception as error:
+        _fail(2, _describe_error(error))
+
+
+def _describe_request(
     args: argparse.Namespace, params: Any, secret_key: Optional[str]
 ) -> str:
     """Return the request as text, with its canonical string."""
@@ -1784,6 +1804,18 @@ def _dry_run(
     if isinstance(built.data, bytes):  # It is None for GET.
         lines.append(built.data.decode())
     return "\n".join(lines)
+
+
+def _dry_run(
+    args: argparse.Namespace, params: Any, secret_key: Optional[str]
+) -> str:
+    """Return the request as text; exit with 2 if that fails."""
+    try:
+        return _describe_request(args, params, secret_key)
+    except KeyboardInterrupt:
+        _fail(2, "interrupted (nothing was sent)")
+    except Exception as error:
+        _fail(2, _describe_error(error))
 
 
 def _run(
@@ -1819,21 +1851,25 @@ def _run(
         _fail(2, _describe_error(error))
 
 
-def _print_result(result: Any, is_dry_run: bool) -> None:
-    """Print the text of a dry run, or a decoded body as JSON.
+def _to_json(body: Any) -> str:
+    """Return a decoded body as JSON; exit with 4 if that fails."""
+    try:
+        return json.dumps(body, indent=2)
+    except (Exception, KeyboardInterrupt) as error:
+        _fail(4, f"cannot print: {_describe_error(error)}")
 
-    If printing fails, exit with 2 after a dry run (nothing was sent), and with
-    4 after a real run. A pipe that was closed by its reader (such as head) is
-    not a failure.
+
+def _print_text(text: str, failure_status: int) -> None:
+    """Print a text; if that fails, exit with this status.
+
+    It is no failure if the reader of a pipe, such as head, has closed it.
     """
-    failure_status = 2 if is_dry_run else 4
     # sys.stdout is None if it was closed when Python started.
     if sys.stdout is None:
         _fail(failure_status, "cannot print: standard output is closed")
     try:
-        text = result if is_dry_run else json.dumps(result, indent=2)
         print(text, flush=True)
-    except BrokenPipeError:  # The reader of the pipe has had enough.
+    except BrokenPipeError:  # The reader of the pipe has closed it.
         _redirect_to_null_device(_STANDARD_OUTPUT)
     except (Exception, KeyboardInterrupt) as error:
         _redirect_to_null_device(_STANDARD_OUTPUT)
@@ -1849,21 +1885,14 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     """
     # parse_intermixed_args allows options between the parameters.
     args = _make_parser().parse_intermixed_args(argv)
-    # Nothing in this try statement sends a request, so its errors exit with 2.
-    # (If _print_result exits, its SystemExit passes: it is not an Exception.)
-    try:
-        params = _read_params(args)
-        secret_key = _read_secret_key(args)
-        if args.dry_run:
-            text = _dry_run(args, params, secret_key)
-            _print_result(text, is_dry_run=True)
-            return
-    except KeyboardInterrupt:
-        _fail(2, "interrupted (nothing was sent)")
-    except Exception as error:
-        _fail(2, _describe_error(error))
-    body = _run(args, params, secret_key)  # It exits if it fails.
-    _print_result(body, is_dry_run=False)
+    # Each of these functions exits if it fails.
+    params, secret_key = _read_inputs(args)
+    if args.dry_run:
+        text = _dry_run(args, params, secret_key)
+        _print_text(text, failure_status=2)
+    else:
+        body = _run(args, params, secret_key)
+        _print_text(_to_json(body), failure_status=4)
 
 
 if __name__ == "__main__":

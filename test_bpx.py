@@ -1823,17 +1823,17 @@ X-Window: 60000
     (BAD_KEYS[5][0], ["GET", "/api/v1/order"], 2, "", f"bpx.py: ValueError: {BAD_KEYS[5][1]}\n"),
     (None, ["--help"], 0, HELP, ""),
 ]
-NO_OUTPUT = "bpx.py: cannot print: standard output is closed\n"
+NOT_PRINTED = "bpx.py: cannot print: {}\n"
 # What is replaced, by what, options; exit status, errors, file descriptors redirected to the null device.
 REPLACED = [
-    ("sys.stdout", None, [], 4, NO_OUTPUT, []),
-    ("sys.stdout", None, ["--dry-run"], 2, NO_OUTPUT, []),
+    *(("sys.stdout", None, run, status, NOT_PRINTED.format("standard output is closed"), []) for run, status in (([], 4), (["--dry-run"], 2))),
     ("sys.stderr", None, ["--timeout", "0"], 2, "", []),
     ("sys.stderr", CLOSED, ["--timeout", "0"], 2, "", [2]),
-    ("json.dumps", mock.Mock(side_effect=BrokenPipeError), [], 0, "", [1]),
-    ("json.dumps", mock.Mock(side_effect=MemoryError), [], 4, "bpx.py: cannot print: MemoryError\n", [1]),
-    ("json.dumps", mock.Mock(side_effect=KeyboardInterrupt), [], 4, "bpx.py: cannot print: KeyboardInterrupt\n", [1]),
+    ("sys.stdout", mock.Mock(**{"write.side_effect": BrokenPipeError}), [], 0, "", [1]),
+    *(("sys.stdout", mock.Mock(**{"write.side_effect": error}), run, status, NOT_PRINTED.format(error.__name__), [1]) for error in (MemoryError, KeyboardInterrupt) for run, status in (([], 4), (["--dry-run"], 2))),
+    *(("json.dumps", mock.Mock(side_effect=error), [], 4, NOT_PRINTED.format(error.__name__), []) for error in (MemoryError, KeyboardInterrupt)),
     ("json.dumps", mock.Mock(side_effect=SystemExit(7)), [], 7, "", []),
+    ("time.time_ns", mock.Mock(side_effect=KeyboardInterrupt), ["--dry-run"], 2, "bpx.py: interrupted (nothing was sent)\n", []),
     ("bpx.request", mock.Mock(side_effect=MemoryError), [], 2, "bpx.py: MemoryError\n", []),
     ("bpx.request", mock.Mock(side_effect=KeyboardInterrupt), [], 4, "bpx.py: interrupted (the request may have been executed)\n", []),
     ("bpx.request", mock.Mock(side_effect=SystemExit(7)), [], 7, "", []),
