@@ -36,7 +36,7 @@ above it:
 1. canonical_string returns the text that is signed.
 2. sign_request returns the headers with the signature of that text.
 3. build_request returns the whole request, which any HTTP client can send.
-4. send sends it once and returns the response.
+4. send sends the request once and returns the response.
 5. request, get, post, delete and patch build and send a request, and return
    the decoded body of the response.
 6. main is the command line.
@@ -49,11 +49,10 @@ Decimal, never as float. The file needs Python 3.8 or later, and PyNaCl for
 signing.
 
 There are no functions such as place_order: you pass the method and the path
-of each operation. This module has no
-WebSocket streams, never repeats a request, and has no rate limiter. It uses
-the environment variables https_proxy and no_proxy, and on Windows and macOS
-also the proxy in the settings of the system. Python's ssl module also reads
-some variables, such as SSL_CERT_FILE.
+of each operation. This module has no WebSocket streams and no rate limiter,
+and it never repeats a request. It uses the environment variables https_proxy
+and no_proxy, and on Windows and macOS also the proxy in the settings of the
+system. Python's ssl module also reads some variables, such as SSL_CERT_FILE.
 """
 
 import argparse
@@ -117,18 +116,19 @@ DEFAULT_TIMEOUT = 10.0  # seconds for each step of a request (see send)
 MAX_IDLE = 15.0  # seconds after which an idle connection is not used again
 MAX_BODY = 16 * 1024 * 1024  # bytes of a response body
 
-# Error messages do not show a text of this length or more, because it could
-# be a secret key in a wrong place (see _hide_long). A key has 44 characters,
-# but _parse_pair cuts off the "=" at its end.
+# Error messages do not show a text of the caller that has this length or more,
+# because it could be a secret key in a wrong place (see _hide_long). A key has
+# 44 characters, and 43 without the "=" at its end.
 _MIN_HIDDEN_LENGTH = 43
 
-_MAX_SHOWN_LENGTH = 300  # characters of a text, in an error message
+# Characters of an error message, and of each part of it from the server.
+_MAX_SHOWN_LENGTH = 300
 
 # The parameters of a request: None, a mapping of names to values, or (for a
 # batch of orders) a list or tuple of such mappings.
 #
-# Sequence is used because type checkers do not accept a List[Dict] as a
-# List[Mapping]. At run time, only a list or tuple is accepted.
+# The type is Sequence and not List, because for type checkers a List[Dict] is
+# not a List[Mapping]. At run time, only a list or tuple is accepted.
 Params = Union[Mapping[str, Any], Sequence[Mapping[str, Any]], None]
 
 # Every signed operation of the exchange, in the order of its documentation.
@@ -202,9 +202,10 @@ class BPXError(Exception):
     Its attribute request is the urllib.request.Request that failed, and
     reason is a str that says what went wrong. If outcome_unknown is True, the
     exchange may have executed the request although there was an error. Before
-    you repeat an order, read UnknownOutcomeError. The headers of a signed
-    request hold its signature: do not log them before timestamp + window has
-    passed, because until then, anyone who has them can send the request.
+    you repeat an order, read the docstring of UnknownOutcomeError.
+
+    Do not log the headers of a signed request. Until timestamp + window,
+    anyone who has them can send the request again.
     """
 
     outcome_unknown = False
@@ -227,6 +228,7 @@ class APIError(BPXError):
     status is an int, body is the decoded body, and headers are those of the
     response. If body is a dict, code and message are taken from it. Otherwise,
     code is None, and message is body.
+
     outcome_unknown is True for 408 and 5xx: a gateway may send such a status
     even if the exchange has executed the request.
     """
@@ -332,10 +334,10 @@ def _check_str(value: Any, place: str) -> None:
 
 
 def _plain_str(text: str) -> str:
-    """Return the text as a str, even if it is of a subclass of str.
+    """Return the text as a plain str, even if it is of a subclass of str.
 
     str(text) would call the __str__ of the subclass, which could return
-    another text.
+    another text. str.__str__(text) does not.
     """
     return str.__str__(text)
 
@@ -344,9 +346,9 @@ def _plain_str(text: str) -> str:
 #
 # First the parameters are normalized: they are converted to dict, list, str,
 # int and bool, and every None is left out. The signed text and the request
-# that is sent are both made from the normalized values, so they agree. There
-# is one exception: an empty list is in a JSON body, but it adds nothing to the
-# signed text.
+# that is sent are both made from the normalized values, so they agree. One
+# exception: an empty list is sent in a JSON body as [], but the signed text
+# has no pair for it.
 
 _INSTRUCTION_PATTERN = re.compile("[A-Za-z0-9]+")
 
@@ -357,7 +359,7 @@ _JSON_ENCODER = json.JSONEncoder(
 
 
 def _needs_no_conversion(mapping: Dict[Any, Any]) -> bool:
-    """Return True for a mapping of ASCII text, integers and booleans."""
+    """Return True for a mapping of only ASCII text, integers and booleans."""
     for name, value in mapping.items():
         # type() and not isinstance(), because a subclass needs conversion.
         # Text that is not ASCII must be checked by _normalize_text.
@@ -396,8 +398,8 @@ def _normalize_items(mapping: Mapping[Any, Any], place: str) -> Dict[str, Any]:
             raise ValueError(f"{place}: pass each name only once")
         place_of_value = f"{place}.{_hide_long(name)}"
         normalized[name] = _normalize_value(value, place_of_value)
-    # Remove None only here. If the loop left it out, a name that is repeated
-    # with None would not be noticed.
+    # Remove None after the loop, and not in it: to notice a repeated name, the
+    # loop must remember every name, even if its value is None.
     return {
         name: value for name, value in normalized.items() if value is not None
     }
@@ -459,8 +461,8 @@ def _normalize_decimal(value: Decimal, place: str) -> str:
     number = Decimal(value)  # a plain Decimal, even from a subclass
     if not number.is_finite():
         raise ValueError(f"{place}: pass a finite number, not {number}")
-    # Limit the exponent in scientific notation (123 is 1.23E+2, so it is 2).
-    # The plain notation of 1E+999999999 would have a billion digits.
+    # The exponent in scientific notation: 2 for 123, which is 1.23E+2. Limit
+    # it, because 1E+999999999 in plain notation has a billion digits.
     exponent = number.adjusted()
     if abs(exponent) >= 1000:
         raise ValueError(
@@ -504,7 +506,7 @@ def _normalize_params(params: Any) -> List[Dict[str, Any]]:
             mapping = {} if params is None else params
             mappings = [_normalize_mapping(mapping, "params")]
     except RecursionError:
-        # (This must stand before RuntimeError, which is its base class.)
+        # RecursionError is a RuntimeError, so this clause comes first.
         raise ValueError("params: pass fewer levels of nesting") from None
     except RuntimeError as error:
         # Python raises this if a mapping is changed while it is read. (It does
@@ -575,8 +577,7 @@ def _make_canonical_string(
             f"not {_describe_value(window)}"
         )
     # instruction=<instruction>&<name>=<value>&...&timestamp=<ms>&window=<ms>
-    # In a batch, each order has its own instruction=..., followed by its
-    # parameters. The timestamp and the window come once, at the end.
+    # (For the text of a batch, see canonical_string.)
     parts = []
     for mapping in mappings:
         parts.append(f"instruction={instruction}")
@@ -597,9 +598,9 @@ def canonical_string(
 
     instruction is the exchange's name for the operation, such as
     "orderExecute". params is a mapping, or a list of mappings for a batch of
-    orders, or None if there are no parameters. A parameter or an item of a
-    list that is None is left out. timestamp (Unix time) and window are in
-    milliseconds. In the text of a batch, each order has its own
+    orders, or None if there are no parameters. A parameter that is None is
+    left out, and so is a None in a list. timestamp (Unix time) and window are
+    in milliseconds. In the text of a batch, each order has its own
     instruction=..., followed by its parameters. The timestamp and the window
     come once, at the end.
 
@@ -934,9 +935,10 @@ def build_request(
 # _RequestWriter writes the request, and an HTTPResponse reads the response
 # from a _ResponseStream, which adds the time limit.
 #
-# A server could send extra bytes after a response. If they are already in the
-# read buffer of the HTTPResponse, they disappear with it. If they are still in
-# the socket, the connection is stale.
+# A server could send extra bytes after a response. They must not be read as
+# the next response. Those that are already in the read buffer of the
+# HTTPResponse are discarded with it. Those that are still in the socket are
+# found by _is_stale, and the connection is closed.
 
 
 class Response(NamedTuple):
@@ -952,17 +954,17 @@ class Response(NamedTuple):
 
 
 class _ResponseStream(io.RawIOBase):
-    """The stream from which the read buffer of an HTTPResponse is filled.
+    """The stream from which an HTTPResponse reads.
 
-    It differs from the stream of the socket itself, socket.makefile():
+    HTTPResponse <- read buffer <- _ResponseStream <- socket
+
+    It differs from the stream of the socket itself in three ways:
     - The time limit is for the whole response, and not for each read.
       (Otherwise, a slow server could make a response last forever.)
-    - It is an error (EOFError) if the server closes the connection.
-      (Otherwise, http.client would treat headers that are cut off as
-      complete.) accept_close switches this off, for a body that ends when the
-      server closes.
-    - The close method of this stream leaves the socket open, so that it can be
-      used again.
+    - If more bytes are needed and the server has closed the connection, it
+      raises EOFError. (Otherwise, http.client would treat headers that are cut
+      off as complete.) After accept_close, the response ends there instead.
+    - Closing it does not close the socket, so that it can be used again.
     """
 
     def __init__(self, sock: Any, timeout: float) -> None:
@@ -984,20 +986,18 @@ class _ResponseStream(io.RawIOBase):
         self._sock.settimeout(remaining)
         size: int = self._sock.recv_into(buffer)
         if size == 0 and not self._is_close_accepted:
-            raise EOFError(
-                "the server closed the connection before the response ended"
-            )
+            raise EOFError("the connection was closed within the response")
         return size
 
     def accept_close(self) -> None:
-        """From now on, treat a closed connection as the end of the body."""
+        """From now on, treat a closed connection as the normal end."""
         self._is_close_accepted = True
 
 
 class _FakeSocket:
     """What an HTTPResponse gets in place of a socket.
 
-    HTTPResponse calls only makefile, and then reads from its result.
+    HTTPResponse uses nothing of a socket but makefile.
     """
 
     def __init__(self, stream: _ResponseStream) -> None:
@@ -1013,7 +1013,7 @@ def _make_response(
 ) -> http.client.HTTPResponse:
     """Return a response that will be read from the stream."""
     fake_socket: Any = _FakeSocket(stream)
-    # So that HTTPConnection.debuglevel also works for this response.
+    # Pass debuglevel on, so that setting HTTPConnection.debuglevel works.
     debuglevel = http.client.HTTPConnection.debuglevel
     return http.client.HTTPResponse(fake_socket, debuglevel, method)
 
@@ -1022,13 +1022,12 @@ class _RequestWriter(http.client.HTTPConnection):
     """Writes a request to a connected socket.
 
     It is an HTTPConnection that neither connects nor reads. When it is
-    deleted, the socket stays open. For https, the socket is already a TLS
-    socket.
+    deleted, the socket stays open. For https, the socket does TLS.
     """
 
     def __init__(self, host: str, sock: Any) -> None:
-        super().__init__(host)
-        self.sock = sock  # http.client connects only if this is None.
+        super().__init__(host)  # required, but not used
+        self.sock = sock  # HTTPConnection connects only if this is None.
 
 
 @functools.lru_cache()  # because loading certificates takes long
@@ -1086,19 +1085,11 @@ def _open_socket(connection: http.client.HTTPConnection) -> Any:
     return connection.sock
 
 
-def _ask_for_tunnel(
-    connection: http.client.HTTPConnection,
-    target: str,
-    proxy: _Proxy,
-    timeout: float,
+def _write_connect(
+    connection: http.client.HTTPConnection, target: str, proxy: _Proxy
 ) -> None:
-    """Ask a proxy to pass on all following bytes to the target (HOST:PORT).
-
-    HTTPConnection.set_tunnel could do this, but without a limit for the total
-    time of the response. So the connection only writes the request here, and a
-    _ResponseStream reads the response.
-    """
-    # skip_host, because Host must be the target, and not the proxy.
+    """Send a CONNECT request for the target (HOST:PORT) to the proxy."""
+    # Without skip_host, putrequest would add the Host of the proxy.
     connection.putrequest(
         "CONNECT", target, skip_host=True, skip_accept_encoding=True
     )
@@ -1106,26 +1097,36 @@ def _ask_for_tunnel(
     for name, value in proxy.headers.items():
         connection.putheader(name, value)
     connection.endheaders()
-    # The read buffer of the response is lost when this function returns. No
-    # bytes of TLS are lost with it: the proxy sends none until TLS begins.
-    stream = _ResponseStream(connection.sock, timeout)
+
+
+def _read_connect_status(sock: Any, timeout: float) -> int:
+    """Return the status of the response to a CONNECT request."""
+    stream = _ResponseStream(sock, timeout)
     response = _make_response(stream, "CONNECT")
     response.begin()  # receives the status and the headers
-    if response.status != 200:
-        raise OSError(f"the proxy has answered {response.status}")
+    # The read buffer of the response is discarded now. It holds no bytes of
+    # TLS, because a TLS server does not speak before the client does.
+    return response.status
 
 
 def _open_tunnel(
     request: Request, proxy: _Proxy, context: Any, timeout: float
 ) -> Any:
-    """Return a TLS socket to the host of a request, through a proxy."""
+    """Return a TLS socket to the host of a request, through a proxy.
+
+    HTTPConnection.set_tunnel could ask the proxy for the tunnel, but it has no
+    limit for the total time of the response.
+    """
     url = urllib.parse.urlsplit(request.full_url)
     # request.host is HOST or HOST:PORT, and CONNECT needs a port.
     target = request.host if url.port else f"{request.host}:443"
     connection = http.client.HTTPConnection(proxy.address, timeout=timeout)
     sock = _open_socket(connection)
     try:
-        _ask_for_tunnel(connection, target, proxy, timeout)
+        _write_connect(connection, target, proxy)
+        status = _read_connect_status(sock, timeout)
+        if status != 200:
+            raise OSError(f"the proxy has answered {status}")
         sock.settimeout(timeout)  # _ResponseStream has set a shorter one.
         return context.wrap_socket(sock, server_hostname=url.hostname)
     except BaseException:
@@ -1158,11 +1159,11 @@ def _is_stale(sock: Any) -> bool:
     Nothing should arrive on an idle connection. If there is something to
     read, the server has closed it, or has sent bytes that answer no request.
     A connection that cannot be checked is not used either. (A late TLS session
-    ticket can also be read. Then a good connection is closed, and the only
-    cost is a new one.)
+    ticket also counts as something to read. Then a good connection is closed,
+    and the only cost is a new one.)
     """
-    # Only a TLS socket has pending(). It may hold bytes that it has received
-    # and decrypted, which a selector does not see.
+    # Only a TLS socket has pending(). Such a socket may hold decrypted bytes,
+    # which a selector does not see.
     if hasattr(sock, "pending") and sock.pending():
         return True
     try:
@@ -1235,10 +1236,11 @@ def _check_body_size(body: Union[bytes, bytearray]) -> None:
 def _check_header_lines(headers: http.client.HTTPMessage) -> None:
     """Raise if a header line is malformed."""
     # http.client uses the parser for e-mails, which raises no error. At a line
-    # that is not a header, it records a defect, or takes that line and all
-    # lines after it for the text of the e-mail. Then headers can be lost, such
-    # as a Content-Length.
-    email_text = headers.get_payload()  # empty if every line is a header
+    # that is not a header, it does one of two things:
+    # - It adds an item to headers.defects.
+    # - It ends the headers there, and the rest becomes the text of the e-mail.
+    # Then other headers may be lost, such as a Content-Length.
+    email_text = headers.get_payload()
     if headers.defects or email_text:
         raise http.client.HTTPException("a header is malformed")
 
@@ -1254,15 +1256,30 @@ def _check_length_headers(headers: http.client.HTTPMessage) -> None:
 
 
 def _has_known_end(response: http.client.HTTPResponse) -> bool:
-    """Return whether the response says where its body ends.
+    """Return whether the response shows where its body ends.
 
-    It does so by chunks, by a Content-Length, or because it has no body.
     Otherwise, the body ends when the server closes the connection, and nothing
     shows whether it was cut off.
     """
-    # length is the Content-Length, or None if there is none that is valid. It
-    # is 0 if the response has no body.
-    return response.chunked or response.length is not None
+    if response.chunked:
+        return True
+    # http.client sets length to 0 if there can be no body (as for a 204).
+    # Otherwise, it is the Content-Length, or None if that is missing or not
+    # valid.
+    return response.length is not None
+
+
+def _read_to_end(response: http.client.HTTPResponse) -> bytes:
+    """Return all bytes of the body; raise if they are more than MAX_BODY."""
+    body = bytearray()
+    while True:
+        # This is b"" at the end of the body. If the server closes earlier,
+        # _ResponseStream raises EOFError.
+        part = response.read1(65536)
+        if not part:
+            return bytes(body)
+        body += part
+        _check_body_size(body)
 
 
 def _read_raw_body(
@@ -1272,20 +1289,12 @@ def _read_raw_body(
     _check_header_lines(response.headers)
     _check_length_headers(response.headers)
     if not _has_known_end(response):
-        if _is_error(response.status):
-            stream.accept_close()  # The body of an error may be incomplete.
-        else:
+        if not _is_error(response.status):
             raise http.client.HTTPException(
                 "without a Content-Length, the body could be incomplete"
             )
-    # Read in parts, to stop as soon as the body is larger than MAX_BODY.
-    body = bytearray()
-    while True:
-        part = response.read1(65536)
-        if not part:  # the end of the body
-            return bytes(body)
-        body += part
-        _check_body_size(body)
+        stream.accept_close()  # The body of an error may be incomplete.
+    return _read_to_end(response)
 
 
 def _decompress(data: bytes) -> bytes:
@@ -1293,8 +1302,7 @@ def _decompress(data: bytes) -> bytes:
 
     Bytes after its end are refused, even if they are a second stream.
     """
-    gzip_format = 16 + zlib.MAX_WBITS  # Adding 16 selects the gzip format.
-    decompressor = zlib.decompressobj(gzip_format)
+    decompressor = zlib.decompressobj(31)  # 31 selects the gzip format.
     # Decompress at most one byte more than the limit. This is enough to see
     # that a body is too large, without decompressing all of it.
     body = decompressor.decompress(data, MAX_BODY + 1)
@@ -1347,9 +1355,9 @@ def _is_reusable(
         # the next response.
         return False
     if response.status == 408:
-        # The server may have sent this 408 before the request reached it,
-        # because the connection was idle for too long. The real response could
-        # come later, and be mistaken for the response to the next request.
+        # Perhaps the connection was idle for too long, and the server sent
+        # this 408 before it received the request. Then the real response could
+        # still come, and be mistaken for the response to the next request.
         return False
     return not response.will_close
 
@@ -1381,8 +1389,9 @@ def _headers_to_send(request: Request) -> Dict[str, str]:
     """
     headers = dict(request.headers)
     headers["Accept-Encoding"] = "gzip" if _HAS_ZLIB else "identity"
-    # Set Host here, because _RequestWriter would leave out port 80. For
-    # https://HOST:80, that would be wrong.
+    # Set Host here. _RequestWriter is an HTTPConnection, also for https, so it
+    # would leave out port 80 as the default port. That would be wrong for
+    # https://HOST:80.
     headers["Host"] = request.host
     return headers
 
@@ -1424,17 +1433,17 @@ def send(request: Request, *, timeout: float = DEFAULT_TIMEOUT) -> Response:
     read, and may be cut off if the server gave no length.
 
     timeout is in seconds. It limits each of these steps, not the whole call:
-    - connect (each address of the host has the full timeout)
+    - connect (each attempt with an address of the host has the full timeout)
     - open the tunnel, if there is a proxy
     - begin TLS, if the URL is https
     - send the headers
-    - send the body (over https, the timeout begins again after every 16 KB)
+    - send the body (over https, each 16 KB has the full timeout)
     - receive the whole response
     Looking up the addresses of the host has no timeout.
 
     Raises NotSentError or UnknownOutcomeError, and ValueError unless
-    0 < timeout <= 86400 (a day). A KeyboardInterrupt is not converted; after
-    it, too, the request may have been executed.
+    0 < timeout <= 86400 (a day). A KeyboardInterrupt is passed on as it is.
+    After it, the request may also have been executed.
     """
     _check_timeout(timeout)
     # The process id is included, so that a forked child does not use the
@@ -1480,8 +1489,8 @@ def _decode_or_raise(sent: Request, response: Response) -> Any:
     try:
         body = _decode(response.body)
     except Exception as error:  # such as MemoryError
-        # The request was sent, so raise a BPXError. Callers take any other
-        # Exception to mean that nothing was sent (see the function request).
+        # The request was sent, so this must be a BPXError. The function
+        # request promises that nothing was sent after any other Exception.
         raise UnknownOutcomeError(sent, _describe_error(error)) from error
     if _is_error(response.status):
         raise APIError(sent, response.status, body, response.headers)
@@ -1570,8 +1579,8 @@ exit status:
      dry run succeeded.
   1  APIError with the status 3xx or 4xx, except 408: the request was not
      executed.
-  2  Nothing was sent: a wrong argument, a missing key or module, an interrupt
-     before the request begins, or a dry run that failed.
+  2  Nothing was sent: a wrong argument, a missing key or module, a dry run
+     that failed, or an interrupt while the input was read.
   3  NotSentError: the connection could not be made, so nothing was sent.
   4  The exchange may have executed the request. This is the status after an
      UnknownOutcomeError, an APIError with the status 408 or 5xx, an
@@ -1586,6 +1595,7 @@ _SHOWN_HEADERS = (
     "Content-Type",
 )
 
+# File descriptors. (fileno() would fail if the stream is closed.)
 _STANDARD_OUTPUT = 1
 _STANDARD_ERROR = 2
 
@@ -1593,14 +1603,15 @@ _STANDARD_ERROR = 2
 def _redirect_to_null_device(descriptor: int) -> None:
     """Make a file descriptor discard what is written to it.
 
-    Call this after a write to sys.stdout or sys.stderr has failed. The text is
-    then still in a buffer of Python, and is written again at exit. A second
-    failure would change the exit status to 120.
+    Call this after a write to sys.stdout or sys.stderr has failed. Python
+    keeps the text in a buffer, and tries to write it again when it exits. If
+    that failed too, Python would replace the exit status by 120.
     """
     null_device = os.open(os.devnull, os.O_WRONLY)
     os.dup2(null_device, descriptor)
-    # Leave null_device open. If the descriptor was closed, os.open has reused
-    # its number, and the two are the same.
+    # Do not close null_device: if the descriptor was closed before, os.open
+    # may have returned that same number, and closing it would undo the
+    # redirection.
 
 
 def _fail(status: int, message: str) -> NoReturn:
@@ -1634,8 +1645,8 @@ def _make_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("method", metavar="METHOD", type=str.upper, help="such as GET")
     add("path", metavar="PATH", help="such as /api/v1/order")
-    # Without default=[], argparse would also list name=text in the error
-    # message for a missing PATH.
+    # Without default=[], argparse would say that name=text is missing, too, if
+    # only PATH is missing.
     add(
         "pairs", metavar="name=text", nargs="*", default=[], help="a parameter"
     )
@@ -1725,7 +1736,8 @@ def _parse_pair(pair: str) -> Tuple[str, Any]:
         raise ValueError(
             f"pass name=text or name:=json, not {_hide_long(pair)!r}"
         )
-    # Without its "=", a secret key has 43 characters.
+    # A secret key that is passed here by mistake looks like a name of 43
+    # characters with an empty text. No documented name is that long.
     if len(name) >= _MIN_HIDDEN_LENGTH:
         raise ValueError("pass a shorter name; this one could be a secret key")
     if name == "BPX_SECRET_KEY":
@@ -1862,14 +1874,15 @@ def _to_json(body: Any) -> str:
 def _print_text(text: str, failure_status: int) -> None:
     """Print a text; if that fails, exit with this status.
 
-    It is no failure if the reader of a pipe, such as head, has closed it.
+    If standard output is a pipe, and its reader (such as head) has closed it,
+    that is not a failure.
     """
     # sys.stdout is None if it was closed when Python started.
     if sys.stdout is None:
         _fail(failure_status, "cannot print: standard output is closed")
     try:
         print(text, flush=True)
-    except BrokenPipeError:  # The reader of the pipe has closed it.
+    except BrokenPipeError:
         _redirect_to_null_device(_STANDARD_OUTPUT)
     except (Exception, KeyboardInterrupt) as error:
         _redirect_to_null_device(_STANDARD_OUTPUT)

@@ -1234,7 +1234,7 @@ CUT = [
     ("error", sized(BAD, b"[1]")),
     ("error in chunks", BAD + CHUNKS + b"3\r\n[1]\r\n" + LAST),
 ]
-EOF = "EOFError: the server closed the connection before the response ended"
+EOF = "EOFError: the connection was closed within the response"
 TOO_LARGE = "HTTPException: the body is larger than MAX_BODY"
 # Reason, script, what the error says. All are over at once, and no 2xx came back whole.
 BROKEN = [
