@@ -116,19 +116,20 @@ DEFAULT_TIMEOUT = 10.0  # seconds for each step of a request (see send)
 MAX_IDLE = 15.0  # seconds after which an idle connection is not used again
 MAX_BODY = 16 * 1024 * 1024  # bytes of a response body
 
-# Error messages do not show a text of the caller that has this length or more,
-# because it could be a secret key in a wrong place (see _hide_long). A key has
-# 44 characters, and 43 without the "=" at its end.
+# If the caller passes a text of this length or more, error messages do not
+# show it, because it could be a secret key in a wrong place (see _hide_long).
+# A key has 44 characters, and 43 without the "=" at its end.
 _MIN_HIDDEN_LENGTH = 43
 
-# Characters of an error message, and of each part of it from the server.
+# An error message is cut to this number of characters, and so is each text in
+# it that comes from the server.
 _MAX_SHOWN_LENGTH = 300
 
 # The parameters of a request: None, a mapping of names to values, or (for a
 # batch of orders) a list or tuple of such mappings.
 #
-# The type is Sequence and not List, because for type checkers a List[Dict] is
-# not a List[Mapping]. At run time, only a list or tuple is accepted.
+# Sequence and not List, because type checkers would refuse a List[Dict] where
+# a List[Mapping] is expected. At run time, only a list or tuple is accepted.
 Params = Union[Mapping[str, Any], Sequence[Mapping[str, Any]], None]
 
 # Every signed operation of the exchange, in the order of its documentation.
@@ -328,6 +329,11 @@ def _hide_long(text: str) -> str:
 # example params[0].price. Error messages begin with it.
 
 
+def _quoted(text: str) -> str:
+    """Return the text in quotes, or (a long text) without quotes."""
+    return repr(text) if len(text) < _MIN_HIDDEN_LENGTH else _hide_long(text)
+
+
 def _check_str(value: Any, place: str) -> None:
     if not isinstance(value, str):
         raise TypeError(f"{place}: pass a str, not {type(value).__name__}")
@@ -398,8 +404,8 @@ def _normalize_items(mapping: Mapping[Any, Any], place: str) -> Dict[str, Any]:
             raise ValueError(f"{place}: pass each name only once")
         place_of_value = f"{place}.{_hide_long(name)}"
         normalized[name] = _normalize_value(value, place_of_value)
-    # Remove None after the loop, and not in it: to notice a repeated name, the
-    # loop must remember every name, even if its value is None.
+    # Remove None only now, because the loop needs every name to notice one
+    # that is repeated.
     return {
         name: value for name, value in normalized.items() if value is not None
     }
@@ -411,9 +417,7 @@ def _normalize_name(name: Any, place: str) -> str:
         raise TypeError(
             f"{place}: pass names as str, not {_describe_value(name)}"
         )
-    # ascii() escapes surrogates, so that the error message can be printed.
-    shown_name = ascii(_hide_long(name))
-    return _normalize_text(name, f"{place}, name {shown_name}")
+    return _normalize_text(name, f"{place}, name {_quoted(name)}")
 
 
 def _normalize_value(value: Any, place: str) -> Any:
@@ -461,8 +465,8 @@ def _normalize_decimal(value: Decimal, place: str) -> str:
     number = Decimal(value)  # a plain Decimal, even from a subclass
     if not number.is_finite():
         raise ValueError(f"{place}: pass a finite number, not {number}")
-    # The exponent in scientific notation: 2 for 123, which is 1.23E+2. Limit
-    # it, because 1E+999999999 in plain notation has a billion digits.
+    # adjusted() is the exponent in scientific notation: 123 is 1.23E+2, so it
+    # is 2. Limit it, because 1E+999999999 has a billion digits.
     exponent = number.adjusted()
     if abs(exponent) >= 1000:
         raise ValueError(
@@ -745,7 +749,7 @@ def _normalize_method(method: Any) -> str:
     _check_str(method, "method")
     if not _METHOD_PATTERN.fullmatch(method):
         raise ValueError(
-            f"method: pass a word, such as 'GET', not {_hide_long(method)!r}"
+            f"method: pass a word, such as 'GET', not {_quoted(method)}"
         )
     return _plain_str(method).upper()
 
@@ -762,17 +766,17 @@ def _normalize_path(value: Any) -> str:
         )
     if "?" in path:
         raise ValueError(
-            f"path: pass the query as params, not within {_hide_long(path)!r}"
+            f"path: pass the query as params, not within {_quoted(path)}"
         )
     if not path.startswith("/"):
         raise ValueError(
             "path: begin with a slash, as in '/api/v1/order', "
-            f"not {_hide_long(path)!r}"
+            f"not {_quoted(path)}"
         )
     if not _PATH_PATTERN.fullmatch(path):
         raise ValueError(
             "path: use only letters, digits and - . _ ~ % /, "
-            f"not {_hide_long(path)!r}"
+            f"not {_quoted(path)}"
         )
     return path
 
@@ -936,9 +940,9 @@ def build_request(
 # from a _ResponseStream, which adds the time limit.
 #
 # A server could send extra bytes after a response. They must not be read as
-# the next response. Those that are already in the read buffer of the
-# HTTPResponse are discarded with it. Those that are still in the socket are
-# found by _is_stale, and the connection is closed.
+# the next response. If they are in the read buffer of the HTTPResponse, they
+# disappear with it. If they are still in the socket, _is_stale finds them, and
+# the connection is closed.
 
 
 class Response(NamedTuple):
@@ -961,10 +965,11 @@ class _ResponseStream(io.RawIOBase):
     It differs from the stream of the socket itself in three ways:
     - The time limit is for the whole response, and not for each read.
       (Otherwise, a slow server could make a response last forever.)
-    - If more bytes are needed and the server has closed the connection, it
-      raises EOFError. (Otherwise, http.client would treat headers that are cut
-      off as complete.) After accept_close, the response ends there instead.
-    - Closing it does not close the socket, so that it can be used again.
+    - If the server closes the connection too early, readinto raises EOFError.
+      (Otherwise, http.client would treat headers that are cut off as
+      complete.) After accept_close, a closed connection is the normal end.
+      Only the body of an error may end so.
+    - Closing the stream leaves the socket open, so that it can be used again.
     """
 
     def __init__(self, sock: Any, timeout: float) -> None:
@@ -986,7 +991,9 @@ class _ResponseStream(io.RawIOBase):
         self._sock.settimeout(remaining)
         size: int = self._sock.recv_into(buffer)
         if size == 0 and not self._is_close_accepted:
-            raise EOFError("the connection was closed within the response")
+            raise EOFError(
+                "the connection was closed before the response ended"
+            )
         return size
 
     def accept_close(self) -> None:
@@ -997,7 +1004,7 @@ class _ResponseStream(io.RawIOBase):
 class _FakeSocket:
     """What an HTTPResponse gets in place of a socket.
 
-    HTTPResponse uses nothing of a socket but makefile.
+    makefile is the only method of a socket that HTTPResponse uses.
     """
 
     def __init__(self, stream: _ResponseStream) -> None:
@@ -1019,15 +1026,15 @@ def _make_response(
 
 
 class _RequestWriter(http.client.HTTPConnection):
-    """Writes a request to a connected socket.
+    """Writes a request to a socket that is already connected.
 
-    It is an HTTPConnection that neither connects nor reads. When it is
-    deleted, the socket stays open. For https, the socket does TLS.
+    Only its method request is called. It does not connect, read or close. A
+    plain HTTPConnection is right for https, too, because the socket does TLS.
     """
 
     def __init__(self, host: str, sock: Any) -> None:
-        super().__init__(host)  # required, but not used
-        self.sock = sock  # HTTPConnection connects only if this is None.
+        super().__init__(host)  # not used, because _headers_to_send sets Host
+        self.sock = sock  # HTTPConnection would connect if this were None.
 
 
 @functools.lru_cache()  # because loading certificates takes long
@@ -1104,8 +1111,8 @@ def _read_connect_status(sock: Any, timeout: float) -> int:
     stream = _ResponseStream(sock, timeout)
     response = _make_response(stream, "CONNECT")
     response.begin()  # receives the status and the headers
-    # The read buffer of the response is discarded now. It holds no bytes of
-    # TLS, because a TLS server does not speak before the client does.
+    # The read buffer of the response is discarded now. No bytes of TLS are
+    # lost with it: a TLS server sends none before the client has sent some.
     return response.status
 
 
@@ -1159,8 +1166,8 @@ def _is_stale(sock: Any) -> bool:
     Nothing should arrive on an idle connection. If there is something to
     read, the server has closed it, or has sent bytes that answer no request.
     A connection that cannot be checked is not used either. (A late TLS session
-    ticket also counts as something to read. Then a good connection is closed,
-    and the only cost is a new one.)
+    ticket also counts as something to read. Then a good connection is closed
+    without need, which costs only the time to open another.)
     """
     # Only a TLS socket has pending(). Such a socket may hold decrypted bytes,
     # which a selector does not see.
@@ -1235,11 +1242,10 @@ def _check_body_size(body: Union[bytes, bytearray]) -> None:
 
 def _check_header_lines(headers: http.client.HTTPMessage) -> None:
     """Raise if a header line is malformed."""
-    # http.client uses the parser for e-mails, which raises no error. At a line
-    # that is not a header, it does one of two things:
-    # - It adds an item to headers.defects.
-    # - It ends the headers there, and the rest becomes the text of the e-mail.
-    # Then other headers may be lost, such as a Content-Length.
+    # http.client uses the parser for e-mails, which raises no error. At a
+    # malformed line, the parser notes a defect, or takes that line and all
+    # that follow as the text of the e-mail. Real headers, such as
+    # Content-Length, may then be missing.
     email_text = headers.get_payload()
     if headers.defects or email_text:
         raise http.client.HTTPException("a header is malformed")
@@ -1273,8 +1279,8 @@ def _read_to_end(response: http.client.HTTPResponse) -> bytes:
     """Return all bytes of the body; raise if they are more than MAX_BODY."""
     body = bytearray()
     while True:
-        # This is b"" at the end of the body. If the server closes earlier,
-        # _ResponseStream raises EOFError.
+        # part is b"" at the end of the body. If the server closes the
+        # connection earlier, _ResponseStream raises EOFError.
         part = response.read1(65536)
         if not part:
             return bytes(body)
@@ -1289,11 +1295,13 @@ def _read_raw_body(
     _check_header_lines(response.headers)
     _check_length_headers(response.headers)
     if not _has_known_end(response):
+        # The body ends when the server closes the connection, so it could be
+        # cut off. That is acceptable for an error, but not for a success.
         if not _is_error(response.status):
             raise http.client.HTTPException(
                 "without a Content-Length, the body could be incomplete"
             )
-        stream.accept_close()  # The body of an error may be incomplete.
+        stream.accept_close()
     return _read_to_end(response)
 
 
@@ -1320,7 +1328,7 @@ def _read_body(
     """Return the decompressed body; raise an error if it cannot be read."""
     raw_body = _read_raw_body(response, stream)
     encodings = response.headers.get_all("Content-Encoding", [])
-    # Two encodings, such as "gzip, gzip", are not supported.
+    # Two encodings are joined ("gzip, gzip"), and then refused below.
     encoding = ", ".join(encodings).strip().lower()
     if encoding in ("", "identity"):
         return raw_body
@@ -1377,7 +1385,7 @@ def _receive(sock: Any, method: str, timeout: float) -> Tuple[Response, bool]:
         body = _read_error_body(response, stream)
     else:
         body = _read_body(response, stream)
-    # For the caller, a body that could not be read (None) is empty.
+    # If the body could not be read (None), the caller gets b"".
     result = Response(response.status, response.headers, body or b"")
     return result, _is_reusable(response, body)
 
@@ -1389,9 +1397,9 @@ def _headers_to_send(request: Request) -> Dict[str, str]:
     """
     headers = dict(request.headers)
     headers["Accept-Encoding"] = "gzip" if _HAS_ZLIB else "identity"
-    # Set Host here. _RequestWriter is an HTTPConnection, also for https, so it
-    # would leave out port 80 as the default port. That would be wrong for
-    # https://HOST:80.
+    # http.client leaves the default port out of Host. _RequestWriter always
+    # takes 80 as the default port, because it is an HTTPConnection. That would
+    # be wrong for https://HOST:80, so set Host here.
     headers["Host"] = request.host
     return headers
 
@@ -1433,17 +1441,17 @@ def send(request: Request, *, timeout: float = DEFAULT_TIMEOUT) -> Response:
     read, and may be cut off if the server gave no length.
 
     timeout is in seconds. It limits each of these steps, not the whole call:
-    - connect (each attempt with an address of the host has the full timeout)
+    - connect (if the host has several addresses, this is for each attempt)
     - open the tunnel, if there is a proxy
     - begin TLS, if the URL is https
     - send the headers
-    - send the body (over https, each 16 KB has the full timeout)
+    - send the body (over https, this is for each 16 KB)
     - receive the whole response
     Looking up the addresses of the host has no timeout.
 
-    Raises NotSentError or UnknownOutcomeError, and ValueError unless
-    0 < timeout <= 86400 (a day). A KeyboardInterrupt is passed on as it is.
-    After it, the request may also have been executed.
+    Raises NotSentError or UnknownOutcomeError. Raises ValueError if timeout is
+    not a number above 0 and at most 86400 (a day). A KeyboardInterrupt is not
+    converted. After one, too, the request may have been executed.
     """
     _check_timeout(timeout)
     # The process id is included, so that a forked child does not use the
@@ -1484,16 +1492,16 @@ def _decode(body: bytes) -> Any:
         return text
 
 
-def _decode_or_raise(sent: Request, response: Response) -> Any:
+def _decode_or_raise(built: Request, response: Response) -> Any:
     """Return the decoded body of a response, or raise a BPXError."""
     try:
         body = _decode(response.body)
     except Exception as error:  # such as MemoryError
-        # The request was sent, so this must be a BPXError. The function
-        # request promises that nothing was sent after any other Exception.
-        raise UnknownOutcomeError(sent, _describe_error(error)) from error
+        # The request has been sent, so raise a BPXError. Callers of request()
+        # take any other Exception to mean that nothing was sent.
+        raise UnknownOutcomeError(built, _describe_error(error)) from error
     if _is_error(response.status):
-        raise APIError(sent, response.status, body, response.headers)
+        raise APIError(built, response.status, body, response.headers)
     return body
 
 
@@ -1520,8 +1528,9 @@ def request(
     failed even then, so look at each item of the result.
 
     Raises APIError, NotSentError or UnknownOutcomeError: before you repeat an
-    order, look at the attribute outcome_unknown of the error. After any
-    other Exception, such as a ValueError for a bad argument, nothing was sent.
+    order, look at the attribute outcome_unknown of the error. Any
+    other Exception, such as a ValueError for a bad argument, means that
+    nothing was sent.
     """
     built = build_request(
         method,
@@ -1595,7 +1604,7 @@ _SHOWN_HEADERS = (
     "Content-Type",
 )
 
-# File descriptors. (fileno() would fail if the stream is closed.)
+# File descriptors, as numbers, because fileno() fails if a stream is closed.
 _STANDARD_OUTPUT = 1
 _STANDARD_ERROR = 2
 
@@ -1609,9 +1618,8 @@ def _redirect_to_null_device(descriptor: int) -> None:
     """
     null_device = os.open(os.devnull, os.O_WRONLY)
     os.dup2(null_device, descriptor)
-    # Do not close null_device: if the descriptor was closed before, os.open
-    # may have returned that same number, and closing it would undo the
-    # redirection.
+    # null_device stays open, because it can be the descriptor itself (if that
+    # was closed before).
 
 
 def _fail(status: int, message: str) -> NoReturn:
@@ -1627,12 +1635,16 @@ def _fail(status: int, message: str) -> NoReturn:
 
 
 class _ArgumentParser(argparse.ArgumentParser):
-    """A parser that reports an error in one line."""
+    """A parser that reports an error in one line, and prints safely."""
 
     def error(self, message: str) -> NoReturn:
         # One of the words could be a key.
         words = [_hide_long(word) for word in message.split()]
         _fail(2, f"{' '.join(words)}; usage: {_USAGE}")
+
+    def _print_message(self, message: str, file: Any = None) -> None:
+        # argparse calls this to print what --help and --version ask for.
+        _print_text(message.rstrip(), failure_status=2)
 
 
 def _make_parser() -> argparse.ArgumentParser:
@@ -1645,8 +1657,8 @@ def _make_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("method", metavar="METHOD", type=str.upper, help="such as GET")
     add("path", metavar="PATH", help="such as /api/v1/order")
-    # Without default=[], argparse would say that name=text is missing, too, if
-    # only PATH is missing.
+    # default=[] makes name=text optional. Otherwise, if PATH is missing, the
+    # error message of argparse would say that name=text is missing, too.
     add(
         "pairs", metavar="name=text", nargs="*", default=[], help="a parameter"
     )
@@ -1707,7 +1719,7 @@ def _dict_of_unique_names(pairs: List[Tuple[str, Any]]) -> Dict[str, Any]:
     mapping = {}
     for name, value in pairs:
         if name in mapping:
-            raise ValueError(f"pass the name {_hide_long(name)!r} only once")
+            raise ValueError(f"pass the name {_quoted(name)} only once")
         mapping[name] = value
     return mapping
 
@@ -1733,11 +1745,10 @@ def _parse_pair(pair: str) -> Tuple[str, Any]:
     if is_json:
         name = name[:-1]
     if not name or not separator:
-        raise ValueError(
-            f"pass name=text or name:=json, not {_hide_long(pair)!r}"
-        )
-    # A secret key that is passed here by mistake looks like a name of 43
-    # characters with an empty text. No documented name is that long.
+        raise ValueError(f"pass name=text or name:=json, not {_quoted(pair)}")
+    # A secret key that is passed here by mistake is split at the "=" at its
+    # end, so it looks like a name of 43 characters. No documented name is that
+    # long.
     if len(name) >= _MIN_HIDDEN_LENGTH:
         raise ValueError("pass a shorter name; this one could be a secret key")
     if name == "BPX_SECRET_KEY":

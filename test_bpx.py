@@ -313,7 +313,7 @@ BAD_PARAMS = [
     ({"p": "\ud800"}, "params.p" + UTF_8),
     ({"p": ["a", LyingStr("\ud800")]}, "params.p[1]" + UTF_8),
     ({"\udfff": "x"}, "params, name '\\udfff'" + UTF_8),
-    ({"k" * 42 + "\ud800": 0.1}, "params, name '(a long text)'" + UTF_8),
+    ({"k" * 42 + "\ud800": 0.1}, "params, name (a long text)" + UTF_8),
     *(({"p": ["a", value]}, "params.p[1]" + IN_LIST.format(type(value).__name__)) for value in (["b"], ("b",), {})),
     ({1: "x"}, "params" + NAMES + "1"),
     ({None: "x"}, "params" + NAMES + "NoneType"),
@@ -349,7 +349,7 @@ BAD_KEYS = [
     (base64.b64decode(GUIDE_KEY).hex(), SIZE.format(48)),
     *((key, f"secret_key: pass a str, not {type(key).__name__}") for key in (GUIDE_KEY.encode(), [GUIDE_KEY], 5)),
 ]
-LONG = "'(a long text)'"
+LONG = "(a long text)"
 METHOD = "method: pass a word, such as 'GET', not "
 URL_AS_PATH = "path: pass only the path of the URL, such as '/api/v1/order'; pass the scheme and host as base_url"
 QUERY_IN_PATH = "path: pass the query as params, not within "
@@ -1234,7 +1234,7 @@ CUT = [
     ("error", sized(BAD, b"[1]")),
     ("error in chunks", BAD + CHUNKS + b"3\r\n[1]\r\n" + LAST),
 ]
-EOF = "EOFError: the connection was closed within the response"
+EOF = "EOFError: the connection was closed before the response ended"
 TOO_LARGE = "HTTPException: the body is larger than MAX_BODY"
 # Reason, script, what the error says. All are over at once, and no 2xx came back whole.
 BROKEN = [
@@ -1742,13 +1742,13 @@ REQUIRED = "the following arguments are required: "
 UNKNOWN = "unrecognized arguments: "
 PAIR = "ValueError: pass name=text or name:=json, not "
 NOT_JSON = ": cannot use this JSON "
-ONCE = r"ValueError: pass the name '{}' only once"
+ONCE = "ValueError: pass the name {} only once"
 # Arguments, how the line on standard error begins (a pattern).
 USAGES = [
     ([], REQUIRED + "METHOD, PATH; usage: bpx.py "),
     (["GET"], REQUIRED + "PATH; usage: bpx.py "),
     *((["GET", "/p", pair], PAIR + f"'{pair}'$") for pair in ("symbol", "=5", ":=5")),
-    *((["GET", "/p", key], text) for key, text in ((GUIDE_KEY, "ValueError: pass a shorter name; this one could be a secret key$"), (GUIDE_KEY[:-1], PAIR + "'.a long text.'$"))),
+    *((["GET", "/p", key], text) for key, text in ((GUIDE_KEY, "ValueError: pass a shorter name; this one could be a secret key$"), (GUIDE_KEY[:-1], PAIR + ".a long text.$"))),
     (["GET", "/p", f"BPX_SECRET_KEY={GUIDE_KEY}"], "ValueError: pass BPX_SECRET_KEY in the environment, not as a parameter$"),
     (["GET", "/p", "--xy", "{}"], UNKNOWN + "--xy {}; usage"),
     (["GET", "/p", "--k", "k" * 42], UNKNOWN + "--k k{42}; usage"),
@@ -1762,9 +1762,9 @@ USAGES = [
     (["POST", "/p", "--json", "-"], "ValueError: --json -: standard input is closed$"),
     (["POST", "/p", "--json", "5"], "TypeError: params: pass a mapping "),
     *((["POST", "/p", "a=b", "--json", text], "ValueError: pass name=text parameters or --json, not both$") for text in ("{}", "")),
-    *((["POST", "/p", f"{name}=", f"{name}=c"], ONCE.format(name) + "$") for name in ("a", "k" * 42)),
-    (["POST", "/p", 'a:={"b": 1, "c": 2, "b": 1}'], f"ValueError: a{NOT_JSON}.{ONCE.format('b')}.$"),
-    (["POST", "/p", "--json", '[{"a": {"b": 1, "b": 2}}]'], f"ValueError: --json{NOT_JSON}.{ONCE.format('b')}.$"),
+    *((["POST", "/p", f"{name}=", f"{name}=c"], ONCE.format(repr(name)) + "$") for name in ("a", "k" * 42)),
+    (["POST", "/p", 'a:={"b": 1, "c": 2, "b": 1}'], f"ValueError: a{NOT_JSON}.{ONCE.format(repr('b'))}.$"),
+    (["POST", "/p", "--json", '[{"a": {"b": 1, "b": 2}}]'], f"ValueError: --json{NOT_JSON}.{ONCE.format(repr('b'))}.$"),
     (["POST", "/p", "--json", '{"%s": 1, "%s": 1}' % (GUIDE_KEY, GUIDE_KEY)], ".*" + ONCE.format(".a long text.")),
     (["POST", "/p", "a=\udcff"], f"ValueError: params.a{UTF_8}$"),
     (["POST", "/p", "price:=0.1"], "TypeError: params.price: pass a str "),
@@ -1844,10 +1844,9 @@ REPLACED = [
 NO_SPACE = "bpx.py: cannot print: OSError: [Errno 28] No space left on device\n"
 # Stream, what it is, options, bytes of the response; exit status, errors.
 STREAMS = [
-    ("stdout", "closed pipe", [], 1, 0, ""),
-    ("stdout", "closed pipe", [], 10**6, 0, ""),
+    *(("stdout", "closed pipe", options, size, 0, "") for options, size in (([], 1), ([], 10**6), (["--help"], 1), (["--version"], 1))),
     ("stdout", "full disk", [], 1, 4, NO_SPACE),
-    ("stdout", "full disk", ["--dry-run"], 1, 2, NO_SPACE),
+    *(("stdout", "full disk", options, 1, 2, NO_SPACE) for options in (["--dry-run"], ["--help"], ["--version"])),
     ("stderr", "full disk", ["--timeout", "0"], 1, 2, ""),
     ("stderr", "full disk", ["--base-url", "http://127.0.0.1:1"], 1, 3, ""),
 ]
