@@ -30,8 +30,8 @@ window=5000
 
 This secret key is the example in the exchange's Python guide.
 
-After the errors and some helpers come six parts. Each part uses only what is
-above it:
+After the errors and their helpers come six parts. Each part uses only what
+is above it:
 
 1. canonical_string returns the text that is signed.
 2. sign_request returns the headers with the signature of that text.
@@ -117,12 +117,12 @@ MAX_IDLE = 15.0  # seconds after which an idle connection is not used again
 MAX_BODY = 16 * 1024 * 1024  # bytes of a response body
 
 # If the caller passes a text of this length or more, error messages do not
-# show it, because it could be a secret key in a wrong place (see _hide_long).
+# show it, because it could be a secret key in a wrong place (see _is_long).
 # A key has 44 characters, and 43 without the "=" at its end.
 _MIN_HIDDEN_LENGTH = 43
 
-# An error message is cut to this number of characters, and so is each text in
-# it that comes from the server.
+# str() of a BPXError is cut to this number of characters. In the reason of an
+# APIError, each text from the server is cut to it, too.
 _MAX_SHOWN_LENGTH = 300
 
 # The parameters of a request: None, a mapping of names to values, or (for a
@@ -316,22 +316,23 @@ def _describe_value(value: Any) -> str:
     return type(value).__name__
 
 
-def _hide_long(text: str) -> str:
-    """Return the text, or "(a long text)" if it has 43 characters or more.
+def _is_long(text: str) -> bool:
+    """Return whether a text is so long that it could be a secret key."""
+    return len(text) >= _MIN_HIDDEN_LENGTH
 
-    Error messages use this, because a long text could be a key that the
-    caller has passed in the wrong place.
-    """
-    return text if len(text) < _MIN_HIDDEN_LENGTH else "(a long text)"
+
+def _hide_long(text: str) -> str:
+    """Return the text, or "(a long text)" if it could be a secret key."""
+    return "(a long text)" if _is_long(text) else text
+
+
+def _quoted(text: str) -> str:
+    """Return the text in quotes, or "(a long text)" as _hide_long does."""
+    return "(a long text)" if _is_long(text) else repr(text)
 
 
 # Many functions have an argument named place. It says where a value is, for
 # example params[0].price. Error messages begin with it.
-
-
-def _quoted(text: str) -> str:
-    """Return the text in quotes, or (a long text) without quotes."""
-    return repr(text) if len(text) < _MIN_HIDDEN_LENGTH else _hide_long(text)
 
 
 def _check_str(value: Any, place: str) -> None:
@@ -358,7 +359,7 @@ def _plain_str(text: str) -> str:
 
 _INSTRUCTION_PATTERN = re.compile("[A-Za-z0-9]+")
 
-# Encodes the JSON body and, in the signed text, a value that is a mapping.
+# For the JSON body and, in the signed text, for a value that is a mapping.
 _JSON_ENCODER = json.JSONEncoder(
     ensure_ascii=False, separators=(",", ":"), sort_keys=True
 )
@@ -396,19 +397,18 @@ def _normalize_mapping(mapping: object, place: str) -> Dict[str, Any]:
 
 def _normalize_items(mapping: Mapping[Any, Any], place: str) -> Dict[str, Any]:
     """Return normalized names and values, without those that are None."""
-    normalized: Dict[str, Any] = {}
+    names = set()
+    normalized = {}
     for name, value in mapping.items():
         name = _normalize_name(name, place)
         # items() of a custom mapping, such as a multidict, may repeat a name.
-        if name in normalized:
+        if name in names:
             raise ValueError(f"{place}: pass each name only once")
-        place_of_value = f"{place}.{_hide_long(name)}"
-        normalized[name] = _normalize_value(value, place_of_value)
-    # Remove None only now, because the loop needs every name to notice one
-    # that is repeated.
-    return {
-        name: value for name, value in normalized.items() if value is not None
-    }
+        names.add(name)
+        value = _normalize_value(value, f"{place}.{_hide_long(name)}")
+        if value is not None:
+            normalized[name] = value
+    return normalized
 
 
 def _normalize_name(name: Any, place: str) -> str:
@@ -465,8 +465,8 @@ def _normalize_decimal(value: Decimal, place: str) -> str:
     number = Decimal(value)  # a plain Decimal, even from a subclass
     if not number.is_finite():
         raise ValueError(f"{place}: pass a finite number, not {number}")
-    # adjusted() is the exponent in scientific notation: 123 is 1.23E+2, so it
-    # is 2. Limit it, because 1E+999999999 has a billion digits.
+    # adjusted() is the exponent in scientific notation, for example 2 for 123
+    # (1.23E+2). Without a limit, 1E+999999999 would become a billion digits.
     exponent = number.adjusted()
     if abs(exponent) >= 1000:
         raise ValueError(
@@ -498,7 +498,7 @@ def _normalize_params(params: Any) -> List[Dict[str, Any]]:
     """Return the normalized params as a list of mappings.
 
     For a batch, the list has one mapping for each order. If params is not a
-    batch, it has exactly one mapping.
+    batch, the list has exactly one mapping.
     """
     try:
         if isinstance(params, (list, tuple)):
@@ -604,9 +604,10 @@ def canonical_string(
     "orderExecute". params is a mapping, or a list of mappings for a batch of
     orders, or None if there are no parameters. A parameter that is None is
     left out, and so is a None in a list. timestamp (Unix time) and window are
-    in milliseconds. In the text of a batch, each order has its own
-    instruction=..., followed by its parameters. The timestamp and the window
-    come once, at the end.
+    in milliseconds.
+
+    In the text of a batch, each order has its own instruction=..., followed by
+    its parameters. The timestamp and the window come once, at the end.
 
     The exchange does not document how a list or a mapping within params is
     signed; the form used here is an assumption.
@@ -864,7 +865,7 @@ def _query_string(mapping: Dict[str, Any]) -> str:
     pairs = _name_value_pairs(mapping)
     if not pairs:
         return ""
-    # quote writes a space as %20. (The default would write a plus sign.)
+    # By default, urlencode writes a space as +. With quote, it writes %20.
     return "?" + urllib.parse.urlencode(pairs, quote_via=urllib.parse.quote)
 
 
@@ -899,7 +900,7 @@ def build_request(
     instruction is passed, or INSTRUCTIONS has one for method and path, the
     request is signed, and secret_key is required. Otherwise it is public:
     secret_key must be None, and timestamp and window are not used. base_url is
-    https, or http to localhost. headers are added, and are not signed.
+    https, or http to this machine. headers are added, and are not signed.
     Raises TypeError or ValueError for bad arguments, and ImportError if
     PyNaCl is needed and not installed.
     """
@@ -935,14 +936,14 @@ def build_request(
 # finds it too old or stale. After a failure, it is closed at once, because a
 # late response could be mistaken for the response to the next request.
 #
-# Only the socket is kept. For each request, two new objects use it: a
-# _RequestWriter writes the request, and an HTTPResponse reads the response
-# from a _ResponseStream, which adds the time limit.
+# Only the socket is kept. For each request, a new _RequestWriter writes to it,
+# and a new HTTPResponse reads from it, through a _ResponseStream that adds the
+# time limit.
 #
 # A server could send extra bytes after a response. They must not be read as
-# the next response. If they are in the read buffer of the HTTPResponse, they
-# disappear with it. If they are still in the socket, _is_stale finds them, and
-# the connection is closed.
+# the next response. If the HTTPResponse has already read them into its buffer,
+# they are dropped with it. If they are still in the socket, _is_stale finds
+# them, and the connection is closed.
 
 
 class Response(NamedTuple):
@@ -965,10 +966,10 @@ class _ResponseStream(io.RawIOBase):
     It differs from the stream of the socket itself in three ways:
     - The time limit is for the whole response, and not for each read.
       (Otherwise, a slow server could make a response last forever.)
-    - If the server closes the connection too early, readinto raises EOFError.
+    - If the server closes the connection, readinto raises EOFError.
       (Otherwise, http.client would treat headers that are cut off as
-      complete.) After accept_close, a closed connection is the normal end.
-      Only the body of an error may end so.
+      complete.) One body does end when the server closes: that of an error
+      without a Content-Length. _read_raw_body calls accept_close for it.
     - Closing the stream leaves the socket open, so that it can be used again.
     """
 
@@ -1015,7 +1016,7 @@ class _FakeSocket:
         return io.BufferedReader(self._stream)
 
 
-def _make_response(
+def _make_http_response(
     stream: _ResponseStream, method: str
 ) -> http.client.HTTPResponse:
     """Return a response that will be read from the stream."""
@@ -1028,13 +1029,26 @@ def _make_response(
 class _RequestWriter(http.client.HTTPConnection):
     """Writes a request to a socket that is already connected.
 
-    Only its method request is called. It does not connect, read or close. A
+    Call only request() on it. It never connects, reads or closes the socket. A
     plain HTTPConnection is right for https, too, because the socket does TLS.
     """
 
-    def __init__(self, host: str, sock: Any) -> None:
-        super().__init__(host)  # not used, because _headers_to_send sets Host
-        self.sock = sock  # HTTPConnection would connect if this were None.
+    def __init__(self, sock: Any) -> None:
+        # HTTPConnection demands a host, to connect and for the header Host.
+        # But the socket is connected, and _headers_to_send sets Host.
+        super().__init__("unused")
+        self.sock = sock
+
+
+def _headers_to_send(request: Request) -> Dict[str, str]:
+    """Return the headers of a request, with Accept-Encoding and Host.
+
+    http.client itself adds Content-Length.
+    """
+    headers = dict(request.headers)
+    headers["Accept-Encoding"] = "gzip" if _HAS_ZLIB else "identity"
+    headers["Host"] = request.host  # A _RequestWriter does not know the host.
+    return headers
 
 
 @functools.lru_cache()  # because loading certificates takes long
@@ -1061,9 +1075,10 @@ class _Proxy(NamedTuple):
 
 
 def _find_proxy(host: str) -> Optional[_Proxy]:
-    """Return the proxy for https requests to HOST or HOST:PORT, or None.
+    """Return the proxy for https requests to a host, or None if none is set.
 
-    The proxy comes from the environment or the settings of the system.
+    host is HOST or HOST:PORT. The proxy comes from the environment or the
+    settings of the system.
     """
     proxy_url = urllib.request.getproxies().get("https")
     if proxy_url is None or urllib.request.proxy_bypass(host):
@@ -1109,10 +1124,10 @@ def _write_connect(
 def _read_connect_status(sock: Any, timeout: float) -> int:
     """Return the status of the response to a CONNECT request."""
     stream = _ResponseStream(sock, timeout)
-    response = _make_response(stream, "CONNECT")
+    response = _make_http_response(stream, "CONNECT")
     response.begin()  # receives the status and the headers
-    # The read buffer of the response is discarded now. No bytes of TLS are
-    # lost with it: a TLS server sends none before the client has sent some.
+    # The read buffer of the response is lost now. Nothing is in it, because in
+    # TLS the client speaks first, and it has not begun.
     return response.status
 
 
@@ -1121,8 +1136,8 @@ def _open_tunnel(
 ) -> Any:
     """Return a TLS socket to the host of a request, through a proxy.
 
-    HTTPConnection.set_tunnel could ask the proxy for the tunnel, but it has no
-    limit for the total time of the response.
+    HTTPConnection.set_tunnel is not used, because it sets no limit for the
+    total time of the response of the proxy.
     """
     url = urllib.parse.urlsplit(request.full_url)
     # request.host is HOST or HOST:PORT, and CONNECT needs a port.
@@ -1231,7 +1246,7 @@ _thread_local = _ThreadLocal()
 
 
 def _is_error(status: int) -> bool:
-    """Return whether a response with this status is an APIError."""
+    """Return whether a response with this status becomes an APIError."""
     return status >= 300
 
 
@@ -1242,12 +1257,11 @@ def _check_body_size(body: Union[bytes, bytearray]) -> None:
 
 def _check_header_lines(headers: http.client.HTTPMessage) -> None:
     """Raise if a header line is malformed."""
-    # http.client uses the parser for e-mails, which raises no error. At a
-    # malformed line, the parser notes a defect, or takes that line and all
-    # that follow as the text of the e-mail. Real headers, such as
-    # Content-Length, may then be missing.
-    email_text = headers.get_payload()
-    if headers.defects or email_text:
+    # http.client uses the parser for e-mails, which raises no error for such a
+    # line. Headers after it, such as a Content-Length, may be missing then.
+    if headers.defects:  # The parser has noted the line.
+        raise http.client.HTTPException("a header is malformed")
+    if headers.get_payload():  # It took the rest for the text of the e-mail.
         raise http.client.HTTPException("a header is malformed")
 
 
@@ -1257,7 +1271,7 @@ def _check_length_headers(headers: http.client.HTTPMessage) -> None:
     transfer_encodings = headers.get_all("Transfer-Encoding", [])
     if len(content_lengths) + len(transfer_encodings) > 1:
         raise http.client.HTTPException(
-            "more than one Content-Length or Transfer-Encoding"
+            "more than one header says how long the body is"
         )
 
 
@@ -1299,7 +1313,7 @@ def _read_raw_body(
         # cut off. That is acceptable for an error, but not for a success.
         if not _is_error(response.status):
             raise http.client.HTTPException(
-                "without a Content-Length, the body could be incomplete"
+                "nothing shows where the body ends, so it could be incomplete"
             )
         stream.accept_close()
     return _read_to_end(response)
@@ -1376,7 +1390,7 @@ def _receive(sock: Any, method: str, timeout: float) -> Tuple[Response, bool]:
     Return it, and whether the connection can be used for another request.
     """
     stream = _ResponseStream(sock, timeout)
-    response = _make_response(stream, method)
+    response = _make_http_response(stream, method)
     response.begin()  # receives the status and the headers
     if response.status < 200:
         # http.client skips the status 100, but not 101 and the others.
@@ -1390,20 +1404,6 @@ def _receive(sock: Any, method: str, timeout: float) -> Tuple[Response, bool]:
     return result, _is_reusable(response, body)
 
 
-def _headers_to_send(request: Request) -> Dict[str, str]:
-    """Return the headers of a request, with Accept-Encoding and Host.
-
-    http.client itself adds Content-Length.
-    """
-    headers = dict(request.headers)
-    headers["Accept-Encoding"] = "gzip" if _HAS_ZLIB else "identity"
-    # http.client leaves the default port out of Host. _RequestWriter always
-    # takes 80 as the default port, because it is an HTTPConnection. That would
-    # be wrong for https://HOST:80, so set Host here.
-    headers["Host"] = request.host
-    return headers
-
-
 def _send_and_receive(
     sock: Any, request: Request, timeout: float
 ) -> Tuple[Response, bool]:
@@ -1414,7 +1414,7 @@ def _send_and_receive(
     try:
         method = request.get_method()
         headers = _headers_to_send(request)
-        writer = _RequestWriter(request.host, sock)
+        writer = _RequestWriter(sock)
         sock.settimeout(timeout)
         writer.request(method, request.selector, request.data, headers)
         return _receive(sock, method, timeout)
@@ -1450,8 +1450,8 @@ def send(request: Request, *, timeout: float = DEFAULT_TIMEOUT) -> Response:
     Looking up the addresses of the host has no timeout.
 
     Raises NotSentError or UnknownOutcomeError. Raises ValueError if timeout is
-    not a number above 0 and at most 86400 (a day). A KeyboardInterrupt is not
-    converted. After one, too, the request may have been executed.
+    not a number above 0 and at most 86400 (a day). A KeyboardInterrupt is
+    raised as it is. The request may have been executed in that case, too.
     """
     _check_timeout(timeout)
     # The process id is included, so that a forked child does not use the
@@ -1613,13 +1613,13 @@ def _redirect_to_null_device(descriptor: int) -> None:
     """Make a file descriptor discard what is written to it.
 
     Call this after a write to sys.stdout or sys.stderr has failed. Python
-    keeps the text in a buffer, and tries to write it again when it exits. If
-    that failed too, Python would replace the exit status by 120.
+    keeps the text in a buffer, and writes it again at exit. If this second
+    write failed, the exit status would become 120.
     """
     null_device = os.open(os.devnull, os.O_WRONLY)
     os.dup2(null_device, descriptor)
-    # null_device stays open, because it can be the descriptor itself (if that
-    # was closed before).
+    # Do not close null_device. If the descriptor was closed before, os.open
+    # has reused its number, so both are the same.
 
 
 def _fail(status: int, message: str) -> NoReturn:
@@ -1643,7 +1643,8 @@ class _ArgumentParser(argparse.ArgumentParser):
         _fail(2, f"{' '.join(words)}; usage: {_USAGE}")
 
     def _print_message(self, message: str, file: Any = None) -> None:
-        # argparse calls this to print what --help and --version ask for.
+        # argparse calls this only for --help and --version, because error() is
+        # overridden. So file is always standard output.
         _print_text(message.rstrip(), failure_status=2)
 
 
@@ -1657,8 +1658,8 @@ def _make_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("method", metavar="METHOD", type=str.upper, help="such as GET")
     add("path", metavar="PATH", help="such as /api/v1/order")
-    # default=[] makes name=text optional. Otherwise, if PATH is missing, the
-    # error message of argparse would say that name=text is missing, too.
+    # nargs="*" already permits no parameters. But without default=[], if PATH
+    # is missing, argparse would say that name=text is missing, too.
     add(
         "pairs", metavar="name=text", nargs="*", default=[], help="a parameter"
     )
@@ -1746,9 +1747,8 @@ def _parse_pair(pair: str) -> Tuple[str, Any]:
         name = name[:-1]
     if not name or not separator:
         raise ValueError(f"pass name=text or name:=json, not {_quoted(pair)}")
-    # A secret key that is passed here by mistake is split at the "=" at its
-    # end, so it looks like a name of 43 characters. No documented name is that
-    # long.
+    # A secret key ends with "=". If it is passed here by mistake, its first 43
+    # characters become the name. No documented name is that long.
     if len(name) >= _MIN_HIDDEN_LENGTH:
         raise ValueError("pass a shorter name; this one could be a secret key")
     if name == "BPX_SECRET_KEY":
@@ -1878,7 +1878,7 @@ def _to_json(body: Any) -> str:
     """Return a decoded body as JSON; exit with 4 if that fails."""
     try:
         return json.dumps(body, indent=2)
-    except (Exception, KeyboardInterrupt) as error:
+    except (Exception, KeyboardInterrupt) as error:  # such as MemoryError
         _fail(4, f"cannot print: {_describe_error(error)}")
 
 
