@@ -116,20 +116,20 @@ DEFAULT_TIMEOUT = 10.0  # seconds for each step of a request (see send)
 MAX_IDLE = 15.0  # seconds after which an idle connection is not used again
 MAX_BODY = 16 * 1024 * 1024  # bytes of a response body
 
-# If the caller passes a text of this length or more, error messages do not
-# show it, because it could be a secret key in a wrong place (see _is_long).
-# A key has 44 characters, and 43 without the "=" at its end.
+# Messages about arguments hide a text of this length or more, because it could
+# be a secret key that was passed in a wrong place. (A valid path is shown.) A
+# key has 44 characters, and 43 without the "=" at its end.
 _MIN_HIDDEN_LENGTH = 43
 
-# str() of a BPXError is cut to this number of characters. In the reason of an
-# APIError, each text from the server is cut to it, too.
+# The limit in characters for str() of a BPXError, and for each text from the
+# server in the reason of an APIError.
 _MAX_SHOWN_LENGTH = 300
 
 # The parameters of a request: None, a mapping of names to values, or (for a
 # batch of orders) a list or tuple of such mappings.
 #
-# Sequence and not List, because type checkers would refuse a List[Dict] where
-# a List[Mapping] is expected. At run time, only a list or tuple is accepted.
+# Sequence and not List, because for a type checker a List[Dict] is not a
+# List[Mapping]. At run time, only a list or tuple is accepted.
 Params = Union[Mapping[str, Any], Sequence[Mapping[str, Any]], None]
 
 # Every signed operation of the exchange, in the order of its documentation.
@@ -359,7 +359,8 @@ def _plain_str(text: str) -> str:
 
 _INSTRUCTION_PATTERN = re.compile("[A-Za-z0-9]+")
 
-# For the JSON body and, in the signed text, for a value that is a mapping.
+# Encodes the JSON body. In the signed text, it encodes a value that is a
+# mapping.
 _JSON_ENCODER = json.JSONEncoder(
     ensure_ascii=False, separators=(",", ":"), sort_keys=True
 )
@@ -397,7 +398,7 @@ def _normalize_mapping(mapping: object, place: str) -> Dict[str, Any]:
 
 def _normalize_items(mapping: Mapping[Any, Any], place: str) -> Dict[str, Any]:
     """Return normalized names and values, without those that are None."""
-    names = set()
+    names = set()  # all names, also those whose value is None
     normalized = {}
     for name, value in mapping.items():
         name = _normalize_name(name, place)
@@ -524,7 +525,10 @@ def _normalize_params(params: Any) -> List[Dict[str, Any]]:
 
 
 def _name_value_pairs(mapping: Dict[str, Any]) -> List[Tuple[str, str]]:
-    """Return a (name, text) pair for each value, sorted by name."""
+    """Return (name, text) pairs, sorted by name.
+
+    There is one for each value, and for a list one for each item.
+    """
     pairs = []
     for name in sorted(mapping):
         value = mapping[name]
@@ -875,7 +879,7 @@ def _make_request(
     """Return a request with params in its query (GET) or its JSON body."""
     if method == "GET":
         return Request(url + _query_string(params_to_send), headers=headers)
-    # Without params, the body is "{}" and not empty.
+    # If there are no params, params_to_send is {}, and the body is "{}".
     json_text = _JSON_ENCODER.encode(params_to_send)
     all_headers = dict(headers)
     all_headers["Content-Type"] = "application/json; charset=utf-8"
@@ -940,10 +944,10 @@ def build_request(
 # and a new HTTPResponse reads from it, through a _ResponseStream that adds the
 # time limit.
 #
-# A server could send extra bytes after a response. They must not be read as
-# the next response. If the HTTPResponse has already read them into its buffer,
-# they are dropped with it. If they are still in the socket, _is_stale finds
-# them, and the connection is closed.
+# A server could send extra bytes after a response. They must not be mistaken
+# for the next response. Those that are already in the read buffer of the
+# HTTPResponse are dropped with it. Those that are still in the socket are
+# found by _is_stale, and the connection is closed.
 
 
 class Response(NamedTuple):
@@ -968,8 +972,7 @@ class _ResponseStream(io.RawIOBase):
       (Otherwise, a slow server could make a response last forever.)
     - If the server closes the connection, readinto raises EOFError.
       (Otherwise, http.client would treat headers that are cut off as
-      complete.) One body does end when the server closes: that of an error
-      without a Content-Length. _read_raw_body calls accept_close for it.
+      complete.) Only after accept_close is this the normal end.
     - Closing the stream leaves the socket open, so that it can be used again.
     """
 
@@ -984,7 +987,7 @@ class _ResponseStream(io.RawIOBase):
     def readinto(self, buffer: Any) -> int:
         """Receive bytes into the buffer, and return their number.
 
-        The read buffer calls this whenever it is empty.
+        The read buffer calls this when it needs more bytes.
         """
         remaining = self._deadline - time.monotonic()
         if remaining <= 0:
@@ -998,7 +1001,11 @@ class _ResponseStream(io.RawIOBase):
         return size
 
     def accept_close(self) -> None:
-        """From now on, treat a closed connection as the normal end."""
+        """From now on, treat a closed connection as the normal end.
+
+        _read_raw_body calls this for the body of an error, if nothing else
+        shows where it ends.
+        """
         self._is_close_accepted = True
 
 
@@ -1021,7 +1028,7 @@ def _make_http_response(
 ) -> http.client.HTTPResponse:
     """Return a response that will be read from the stream."""
     fake_socket: Any = _FakeSocket(stream)
-    # Pass debuglevel on, so that setting HTTPConnection.debuglevel works.
+    # As in http.client, HTTPConnection.debuglevel is also for responses.
     debuglevel = http.client.HTTPConnection.debuglevel
     return http.client.HTTPResponse(fake_socket, debuglevel, method)
 
@@ -1029,13 +1036,14 @@ def _make_http_response(
 class _RequestWriter(http.client.HTTPConnection):
     """Writes a request to a socket that is already connected.
 
-    Call only request() on it. It never connects, reads or closes the socket. A
-    plain HTTPConnection is right for https, too, because the socket does TLS.
+    Call only request() on it. It never connects or closes the socket, and
+    never reads from it. A plain HTTPConnection is right for https, too,
+    because the socket does TLS.
     """
 
     def __init__(self, sock: Any) -> None:
-        # HTTPConnection demands a host, to connect and for the header Host.
-        # But the socket is connected, and _headers_to_send sets Host.
+        # HTTPConnection requires a host, but it is not used: the socket is
+        # connected, and _headers_to_send sets Host.
         super().__init__("unused")
         self.sock = sock
 
@@ -1126,8 +1134,8 @@ def _read_connect_status(sock: Any, timeout: float) -> int:
     stream = _ResponseStream(sock, timeout)
     response = _make_http_response(stream, "CONNECT")
     response.begin()  # receives the status and the headers
-    # The read buffer of the response is lost now. Nothing is in it, because in
-    # TLS the client speaks first, and it has not begun.
+    # The response has a read buffer, which is dropped here. No bytes of TLS
+    # are lost with it, because the proxy sends none until this side begins TLS.
     return response.status
 
 
@@ -1201,7 +1209,8 @@ def _is_stale(sock: Any) -> bool:
 class _IdleConnections:
     """The idle connections of one thread, one for each endpoint.
 
-    An endpoint is (process id, scheme, HOST or HOST:PORT).
+    An endpoint is (process id, scheme, HOST or HOST:PORT). The process id
+    keeps a forked child from using the connections of its parent.
     """
 
     def __init__(self) -> None:
@@ -1257,11 +1266,11 @@ def _check_body_size(body: Union[bytes, bytearray]) -> None:
 
 def _check_header_lines(headers: http.client.HTTPMessage) -> None:
     """Raise if a header line is malformed."""
-    # http.client uses the parser for e-mails, which raises no error for such a
-    # line. Headers after it, such as a Content-Length, may be missing then.
-    if headers.defects:  # The parser has noted the line.
-        raise http.client.HTTPException("a header is malformed")
-    if headers.get_payload():  # It took the rest for the text of the e-mail.
+    # http.client parses headers as those of an e-mail. Its parser does not
+    # raise for a malformed line. It adds to defects, or it takes the line and
+    # all lines after it for the text of the e-mail (the payload). Headers in
+    # those lines, such as a Content-Length, are then missing.
+    if headers.defects or headers.get_payload():
         raise http.client.HTTPException("a header is malformed")
 
 
@@ -1342,7 +1351,7 @@ def _read_body(
     """Return the decompressed body; raise an error if it cannot be read."""
     raw_body = _read_raw_body(response, stream)
     encodings = response.headers.get_all("Content-Encoding", [])
-    # Two encodings are joined ("gzip, gzip"), and then refused below.
+    # If there are two headers, the joined text ("gzip, gzip") is refused.
     encoding = ", ".join(encodings).strip().lower()
     if encoding in ("", "identity"):
         return raw_body
@@ -1377,9 +1386,9 @@ def _is_reusable(
         # the next response.
         return False
     if response.status == 408:
-        # Perhaps the connection was idle for too long, and the server sent
-        # this 408 before it received the request. Then the real response could
-        # still come, and be mistaken for the response to the next request.
+        # The server may have sent this 408 because the connection was idle,
+        # just before the request arrived. Then the response to the request
+        # could still come, and be mistaken for the next response.
         return False
     return not response.will_close
 
@@ -1437,25 +1446,23 @@ def send(request: Request, *, timeout: float = DEFAULT_TIMEOUT) -> Response:
     """Send a request of build_request once, and return its response.
 
     The response may have any status from 200 on. The body of a 2xx response is
-    always complete. The body of any other response is empty if it could not be
-    read, and may be cut off if the server gave no length.
+    always complete. For any other status, the body is empty if it could not be
+    read. If the server gave no length, it may be cut off.
 
     timeout is in seconds. It limits each of these steps, not the whole call:
-    - connect (if the host has several addresses, this is for each attempt)
+    - connect (to each address of the host that is tried)
     - open the tunnel, if there is a proxy
     - begin TLS, if the URL is https
     - send the headers
-    - send the body (over https, this is for each 16 KB)
+    - send the body (over https: each 16 KB of it)
     - receive the whole response
     Looking up the addresses of the host has no timeout.
 
     Raises NotSentError or UnknownOutcomeError. Raises ValueError if timeout is
     not a number above 0 and at most 86400 (a day). A KeyboardInterrupt is
-    raised as it is. The request may have been executed in that case, too.
+    not converted to a BPXError. After it, the request may have been executed.
     """
     _check_timeout(timeout)
-    # The process id is included, so that a forked child does not use the
-    # connections of its parent.
     endpoint = (os.getpid(), request.type, request.host)
     idle_connections = _thread_local.idle_connections
     try:
@@ -1497,8 +1504,8 @@ def _decode_or_raise(built: Request, response: Response) -> Any:
     try:
         body = _decode(response.body)
     except Exception as error:  # such as MemoryError
-        # The request has been sent, so raise a BPXError. Callers of request()
-        # take any other Exception to mean that nothing was sent.
+        # request() promises that any Exception other than a BPXError means
+        # that nothing was sent. Here, the request was sent.
         raise UnknownOutcomeError(built, _describe_error(error)) from error
     if _is_error(response.status):
         raise APIError(built, response.status, body, response.headers)
@@ -1613,13 +1620,11 @@ def _redirect_to_null_device(descriptor: int) -> None:
     """Make a file descriptor discard what is written to it.
 
     Call this after a write to sys.stdout or sys.stderr has failed. Python
-    keeps the text in a buffer, and writes it again at exit. If this second
-    write failed, the exit status would become 120.
+    keeps the unwritten text in a buffer, and tries to write it again at exit.
+    If that failed too, the exit status would become 120.
     """
-    null_device = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(null_device, descriptor)
-    # Do not close null_device. If the descriptor was closed before, os.open
-    # has reused its number, so both are the same.
+    with open(os.devnull, "wb") as null_device:
+        os.dup2(null_device.fileno(), descriptor)
 
 
 def _fail(status: int, message: str) -> NoReturn:
@@ -1629,7 +1634,7 @@ def _fail(status: int, message: str) -> NoReturn:
         # sys.stderr is None if it was closed when Python started.
         if sys.stderr is not None:
             print(line, file=sys.stderr, flush=True)
-    except (OSError, ValueError):  # ValueError if it was closed later
+    except (OSError, ValueError):  # ValueError if it has been closed since
         _redirect_to_null_device(_STANDARD_ERROR)
     sys.exit(status)
 
@@ -1643,8 +1648,8 @@ class _ArgumentParser(argparse.ArgumentParser):
         _fail(2, f"{' '.join(words)}; usage: {_USAGE}")
 
     def _print_message(self, message: str, file: Any = None) -> None:
-        # argparse calls this only for --help and --version, because error() is
-        # overridden. So file is always standard output.
+        # argparse would also print errors with this, but error() is replaced.
+        # So this is for --help and --version, and file is standard output.
         _print_text(message.rstrip(), failure_status=2)
 
 
@@ -1658,8 +1663,8 @@ def _make_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("method", metavar="METHOD", type=str.upper, help="such as GET")
     add("path", metavar="PATH", help="such as /api/v1/order")
-    # nargs="*" already permits no parameters. But without default=[], if PATH
-    # is missing, argparse would say that name=text is missing, too.
+    # default=[] is only for an error message: without it, when PATH is
+    # missing, argparse would report name=text as missing, too.
     add(
         "pairs", metavar="name=text", nargs="*", default=[], help="a parameter"
     )
@@ -1747,9 +1752,9 @@ def _parse_pair(pair: str) -> Tuple[str, Any]:
         name = name[:-1]
     if not name or not separator:
         raise ValueError(f"pass name=text or name:=json, not {_quoted(pair)}")
-    # A secret key ends with "=". If it is passed here by mistake, its first 43
-    # characters become the name. No documented name is that long.
-    if len(name) >= _MIN_HIDDEN_LENGTH:
+    # If a secret key is passed here by mistake, it is split at its final "=",
+    # and the other 43 characters become the name.
+    if _is_long(name):
         raise ValueError("pass a shorter name; this one could be a secret key")
     if name == "BPX_SECRET_KEY":
         raise ValueError(
