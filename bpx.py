@@ -30,8 +30,8 @@ window=5000
 
 This secret key is the example in the exchange's Python guide.
 
-After the errors and their helpers come six parts. Each part uses only what
-is above it:
+The file begins with the errors and their helpers. Six parts follow, and each
+of them uses only what is above it:
 
 1. canonical_string returns the text that is signed.
 2. sign_request returns the headers with the signature of that text.
@@ -117,19 +117,20 @@ MAX_IDLE = 15.0  # seconds after which an idle connection is not used again
 MAX_BODY = 16 * 1024 * 1024  # bytes of a response body
 
 # Messages about arguments hide a text of this length or more, because it could
-# be a secret key that was passed in a wrong place. (A valid path is shown.) A
-# key has 44 characters, and 43 without the "=" at its end.
+# be a secret key that was passed in a wrong place. A key has 44 characters,
+# and 43 without the "=" at its end. (A valid path is always shown.)
 _MIN_HIDDEN_LENGTH = 43
 
-# The limit in characters for str() of a BPXError, and for each text from the
-# server in the reason of an APIError.
+# The largest number of characters in str() of a BPXError. In the reason of an
+# APIError, the code and the message are each cut to this length, too.
 _MAX_SHOWN_LENGTH = 300
 
 # The parameters of a request: None, a mapping of names to values, or (for a
 # batch of orders) a list or tuple of such mappings.
 #
-# Sequence and not List, because for a type checker a List[Dict] is not a
-# List[Mapping]. At run time, only a list or tuple is accepted.
+# The type says Sequence, because type checkers do not accept a List[Dict]
+# where a List[Mapping] is expected. At run time, only a list or tuple is
+# accepted.
 Params = Union[Mapping[str, Any], Sequence[Mapping[str, Any]], None]
 
 # Every signed operation of the exchange, in the order of its documentation.
@@ -249,8 +250,8 @@ class APIError(BPXError):
         self.outcome_unknown = status == 408 or status >= 500
         reason = _describe_response(status, self.code, self.message)
         super().__init__(request, reason)
-        # To rebuild an error, pickle calls APIError(*self.args). BPXError has
-        # set args to (request, reason), but this class needs four arguments.
+        # pickle rebuilds an error by APIError(*args), so args must have the
+        # four arguments of this class, and not the two that BPXError has set.
         self.args = (request, status, body, headers)
 
 
@@ -298,8 +299,8 @@ def _describe_response(status: int, code: Any, message: Any) -> str:
     """Return the status, the code and the message as one text."""
     words = [str(status)]
     for field in (code, message):
-        # Leave out lists and dicts, which would be hard to read. Cut a text,
-        # because the server may send a whole web page.
+        # Leave out lists and dicts, which would be hard to read. Cut long
+        # text, because the server may send a whole web page.
         if isinstance(field, (str, int, float)):
             words.append(str(field)[:_MAX_SHOWN_LENGTH])
     return " ".join(words)
@@ -327,7 +328,7 @@ def _hide_long(text: str) -> str:
 
 
 def _quoted(text: str) -> str:
-    """Return the text in quotes, or "(a long text)" as _hide_long does."""
+    """Return repr(text), or "(a long text)" if it could be a secret key."""
     return "(a long text)" if _is_long(text) else repr(text)
 
 
@@ -344,7 +345,8 @@ def _plain_str(text: str) -> str:
     """Return the text as a plain str, even if it is of a subclass of str.
 
     str(text) would call the __str__ of the subclass, which could return
-    another text. str.__str__(text) does not.
+    another text. str.__str__ cannot be overridden: it returns a plain str with
+    the same characters.
     """
     return str.__str__(text)
 
@@ -359,8 +361,7 @@ def _plain_str(text: str) -> str:
 
 _INSTRUCTION_PATTERN = re.compile("[A-Za-z0-9]+")
 
-# Encodes the JSON body. In the signed text, it encodes a value that is a
-# mapping.
+# Used for the JSON body, and for a mapping as a value in the signed text.
 _JSON_ENCODER = json.JSONEncoder(
     ensure_ascii=False, separators=(",", ":"), sort_keys=True
 )
@@ -390,6 +391,7 @@ def _normalize_mapping(mapping: object, place: str) -> Dict[str, Any]:
         )
     if type(mapping) is dict:
         # Use a copy, because another thread could change the caller's dict.
+        # (For other mappings, see _normalize_params.)
         mapping = dict(mapping)
         if _needs_no_conversion(mapping):  # a shortcut, for speed
             return mapping
@@ -397,7 +399,7 @@ def _normalize_mapping(mapping: object, place: str) -> Dict[str, Any]:
 
 
 def _normalize_items(mapping: Mapping[Any, Any], place: str) -> Dict[str, Any]:
-    """Return normalized names and values, without those that are None."""
+    """Return normalized names and values, without values that are None."""
     names = set()  # all names, also those whose value is None
     normalized = {}
     for name, value in mapping.items():
@@ -527,7 +529,7 @@ def _normalize_params(params: Any) -> List[Dict[str, Any]]:
 def _name_value_pairs(mapping: Dict[str, Any]) -> List[Tuple[str, str]]:
     """Return (name, text) pairs, sorted by name.
 
-    There is one for each value, and for a list one for each item.
+    A single value gives one pair. A list gives one pair for each item.
     """
     pairs = []
     for name in sorted(mapping):
@@ -876,7 +878,10 @@ def _query_string(mapping: Dict[str, Any]) -> str:
 def _make_request(
     method: str, url: str, headers: Dict[str, str], params_to_send: Any
 ) -> Request:
-    """Return a request with params in its query (GET) or its JSON body."""
+    """Return a request with params in its query (GET) or its JSON body.
+
+    params_to_send is a dict, or a list for a batch (never with GET).
+    """
     if method == "GET":
         return Request(url + _query_string(params_to_send), headers=headers)
     # If there are no params, params_to_send is {}, and the body is "{}".
@@ -945,9 +950,9 @@ def build_request(
 # time limit.
 #
 # A server could send extra bytes after a response. They must not be mistaken
-# for the next response. Those that are already in the read buffer of the
-# HTTPResponse are dropped with it. Those that are still in the socket are
-# found by _is_stale, and the connection is closed.
+# for the next response. If they are already in the read buffer, they are
+# dropped together with the HTTPResponse. If they are still in the socket,
+# _is_stale finds them before the next request, and the connection is closed.
 
 
 class Response(NamedTuple):
@@ -970,9 +975,9 @@ class _ResponseStream(io.RawIOBase):
     It differs from the stream of the socket itself in three ways:
     - The time limit is for the whole response, and not for each read.
       (Otherwise, a slow server could make a response last forever.)
-    - If the server closes the connection, readinto raises EOFError.
-      (Otherwise, http.client would treat headers that are cut off as
-      complete.) Only after accept_close is this the normal end.
+    - If the server closes the connection, that is an error (EOFError), because
+      http.client would treat headers that are cut off as complete. But after
+      accept_close, it is the normal end of the response.
     - Closing the stream leaves the socket open, so that it can be used again.
     """
 
@@ -985,7 +990,7 @@ class _ResponseStream(io.RawIOBase):
         return True
 
     def readinto(self, buffer: Any) -> int:
-        """Receive bytes into the buffer, and return their number.
+        """Receive bytes into the buffer, and return their number (0: the end).
 
         The read buffer calls this when it needs more bytes.
         """
@@ -1003,8 +1008,8 @@ class _ResponseStream(io.RawIOBase):
     def accept_close(self) -> None:
         """From now on, treat a closed connection as the normal end.
 
-        _read_raw_body calls this for the body of an error, if nothing else
-        shows where it ends.
+        This is called for a response with an error status whose body ends only
+        when the server closes the connection.
         """
         self._is_close_accepted = True
 
@@ -1028,7 +1033,7 @@ def _make_http_response(
 ) -> http.client.HTTPResponse:
     """Return a response that will be read from the stream."""
     fake_socket: Any = _FakeSocket(stream)
-    # As in http.client, HTTPConnection.debuglevel is also for responses.
+    # HTTPConnection passes its debuglevel to its responses. Do the same.
     debuglevel = http.client.HTTPConnection.debuglevel
     return http.client.HTTPResponse(fake_socket, debuglevel, method)
 
@@ -1045,7 +1050,7 @@ class _RequestWriter(http.client.HTTPConnection):
         # HTTPConnection requires a host, but it is not used: the socket is
         # connected, and _headers_to_send sets Host.
         super().__init__("unused")
-        self.sock = sock
+        self.sock = sock  # HTTPConnection connects only if this is None.
 
 
 def _headers_to_send(request: Request) -> Dict[str, str]:
@@ -1135,7 +1140,7 @@ def _read_connect_status(sock: Any, timeout: float) -> int:
     response = _make_http_response(stream, "CONNECT")
     response.begin()  # receives the status and the headers
     # The response has a read buffer, which is dropped here. No bytes of TLS
-    # are lost with it, because the proxy sends none until this side begins TLS.
+    # are lost with it, because the proxy sends none before this side does.
     return response.status
 
 
@@ -1187,7 +1192,8 @@ def _is_stale(sock: Any) -> bool:
     """Return True if an idle connection must be closed and not used again.
 
     Nothing should arrive on an idle connection. If there is something to
-    read, the server has closed it, or has sent bytes that answer no request.
+    read, the server has closed the connection (this also counts as something
+    to read), or it has sent bytes that answer no request.
     A connection that cannot be checked is not used either. (A late TLS session
     ticket also counts as something to read. Then a good connection is closed
     without need, which costs only the time to open another.)
@@ -1266,10 +1272,12 @@ def _check_body_size(body: Union[bytes, bytearray]) -> None:
 
 def _check_header_lines(headers: http.client.HTTPMessage) -> None:
     """Raise if a header line is malformed."""
-    # http.client parses headers as those of an e-mail. Its parser does not
-    # raise for a malformed line. It adds to defects, or it takes the line and
-    # all lines after it for the text of the e-mail (the payload). Headers in
-    # those lines, such as a Content-Length, are then missing.
+    # http.client parses headers with the parser for e-mails, which does not
+    # raise for a malformed line. It does one of two things:
+    # - It adds an item to the list headers.defects.
+    # - It ends the headers there, and keeps the other lines as the payload
+    #   (the text of the e-mail, which is otherwise "").
+    # Then headers may be missing, such as a Content-Length.
     if headers.defects or headers.get_payload():
         raise http.client.HTTPException("a header is malformed")
 
@@ -1302,8 +1310,8 @@ def _read_to_end(response: http.client.HTTPResponse) -> bytes:
     """Return all bytes of the body; raise if they are more than MAX_BODY."""
     body = bytearray()
     while True:
-        # part is b"" at the end of the body. If the server closes the
-        # connection earlier, _ResponseStream raises EOFError.
+        # read1 returns b"" at the end of the body. (It is not read, because
+        # read would wait for bytes after a chunk of the malformed size -1.)
         part = response.read1(65536)
         if not part:
             return bytes(body)
@@ -1447,10 +1455,10 @@ def send(request: Request, *, timeout: float = DEFAULT_TIMEOUT) -> Response:
 
     The response may have any status from 200 on. The body of a 2xx response is
     always complete. For any other status, the body is empty if it could not be
-    read. If the server gave no length, it may be cut off.
+    read, and it may be cut off if the server gave no length.
 
     timeout is in seconds. It limits each of these steps, not the whole call:
-    - connect (to each address of the host that is tried)
+    - connect (once for each address of the host that is tried)
     - open the tunnel, if there is a proxy
     - begin TLS, if the URL is https
     - send the headers
@@ -1505,7 +1513,7 @@ def _decode_or_raise(built: Request, response: Response) -> Any:
         body = _decode(response.body)
     except Exception as error:  # such as MemoryError
         # request() promises that any Exception other than a BPXError means
-        # that nothing was sent. Here, the request was sent.
+        # that nothing was sent. Here it was sent, so this must be a BPXError.
         raise UnknownOutcomeError(built, _describe_error(error)) from error
     if _is_error(response.status):
         raise APIError(built, response.status, body, response.headers)
@@ -1591,16 +1599,16 @@ example:
       orderType=Limit price=170.50 quantity=1.0 postOnly:=true
 
 exit status:
-  0  The status was 2xx (orders of a batch may have failed even then), or a
-     dry run succeeded.
-  1  APIError with the status 3xx or 4xx, except 408: the request was not
+  0  The HTTP status was 2xx (orders of a batch may have failed even then), or
+     a dry run succeeded.
+  1  APIError with the HTTP status 3xx or 4xx, except 408: the request was not
      executed.
   2  Nothing was sent: a wrong argument, a missing key or module, a dry run
      that failed, or an interrupt while the input was read.
   3  NotSentError: the connection could not be made, so nothing was sent.
-  4  The exchange may have executed the request. This is the status after an
-     UnknownOutcomeError, an APIError with the status 408 or 5xx, an
-     interrupt during the request, or a response that could not be printed.
+  4  The exchange may have executed the request: UnknownOutcomeError, APIError
+     with the HTTP status 408 or 5xx, an interrupt during the request, or a
+     response that could not be printed.
 """
 _SHOWN_HEADERS = (
     "User-Agent",
@@ -1621,7 +1629,7 @@ def _redirect_to_null_device(descriptor: int) -> None:
 
     Call this after a write to sys.stdout or sys.stderr has failed. Python
     keeps the unwritten text in a buffer, and tries to write it again at exit.
-    If that failed too, the exit status would become 120.
+    If that failed too, Python would replace the exit status by 120.
     """
     with open(os.devnull, "wb") as null_device:
         os.dup2(null_device.fileno(), descriptor)
@@ -1631,12 +1639,30 @@ def _fail(status: int, message: str) -> NoReturn:
     """Print one line on standard error, and exit with a status."""
     line = "bpx.py: " + " ".join(message.split())
     try:
-        # sys.stderr is None if it was closed when Python started.
+        # sys.stderr is None if it was closed before Python started.
         if sys.stderr is not None:
             print(line, file=sys.stderr, flush=True)
-    except (OSError, ValueError):  # ValueError if it has been closed since
+    except (OSError, ValueError):  # ValueError: it was closed after that.
         _redirect_to_null_device(_STANDARD_ERROR)
     sys.exit(status)
+
+
+def _print_text(text: str, failure_status: int) -> None:
+    """Print a text; if that fails, exit with this status.
+
+    If standard output is a pipe, and its reader (such as head) has closed it,
+    that is not a failure.
+    """
+    # sys.stdout is None if it was closed before Python started.
+    if sys.stdout is None:
+        _fail(failure_status, "cannot print: standard output is closed")
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        _redirect_to_null_device(_STANDARD_OUTPUT)
+    except (Exception, KeyboardInterrupt) as error:
+        _redirect_to_null_device(_STANDARD_OUTPUT)
+        _fail(failure_status, f"cannot print: {_describe_error(error)}")
 
 
 class _ArgumentParser(argparse.ArgumentParser):
@@ -1648,8 +1674,9 @@ class _ArgumentParser(argparse.ArgumentParser):
         _fail(2, f"{' '.join(words)}; usage: {_USAGE}")
 
     def _print_message(self, message: str, file: Any = None) -> None:
-        # argparse would also print errors with this, but error() is replaced.
-        # So this is for --help and --version, and file is standard output.
+        # argparse calls this to print --help and --version on standard output.
+        # (It would also print errors with this, but error() above does not.)
+        # So file is always standard output.
         _print_text(message.rstrip(), failure_status=2)
 
 
@@ -1663,8 +1690,8 @@ def _make_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("method", metavar="METHOD", type=str.upper, help="such as GET")
     add("path", metavar="PATH", help="such as /api/v1/order")
-    # default=[] is only for an error message: without it, when PATH is
-    # missing, argparse would report name=text as missing, too.
+    # Without default=[], argparse would call name=text missing, too, when only
+    # PATH is missing.
     add(
         "pairs", metavar="name=text", nargs="*", default=[], help="a parameter"
     )
@@ -1731,7 +1758,10 @@ def _dict_of_unique_names(pairs: List[Tuple[str, Any]]) -> Dict[str, Any]:
 
 
 def _parse_json(source: str, text: Union[str, bytes]) -> Any:
-    """Return decoded JSON; raise ValueError if an object repeats a name.
+    """Return decoded JSON, or raise ValueError.
+
+    It is raised for JSON that is not valid, for too many levels of nesting,
+    and for an object that repeats a name.
 
     source says where the JSON came from; error messages begin with it.
     """
@@ -1752,8 +1782,8 @@ def _parse_pair(pair: str) -> Tuple[str, Any]:
         name = name[:-1]
     if not name or not separator:
         raise ValueError(f"pass name=text or name:=json, not {_quoted(pair)}")
-    # If a secret key is passed here by mistake, it is split at its final "=",
-    # and the other 43 characters become the name.
+    # A secret key has 43 characters and one "=" at its end. If it is passed
+    # here by mistake, the 43 characters become the name.
     if _is_long(name):
         raise ValueError("pass a shorter name; this one could be a secret key")
     if name == "BPX_SECRET_KEY":
@@ -1885,24 +1915,6 @@ def _to_json(body: Any) -> str:
         return json.dumps(body, indent=2)
     except (Exception, KeyboardInterrupt) as error:  # such as MemoryError
         _fail(4, f"cannot print: {_describe_error(error)}")
-
-
-def _print_text(text: str, failure_status: int) -> None:
-    """Print a text; if that fails, exit with this status.
-
-    If standard output is a pipe, and its reader (such as head) has closed it,
-    that is not a failure.
-    """
-    # sys.stdout is None if it was closed when Python started.
-    if sys.stdout is None:
-        _fail(failure_status, "cannot print: standard output is closed")
-    try:
-        print(text, flush=True)
-    except BrokenPipeError:
-        _redirect_to_null_device(_STANDARD_OUTPUT)
-    except (Exception, KeyboardInterrupt) as error:
-        _redirect_to_null_device(_STANDARD_OUTPUT)
-        _fail(failure_status, f"cannot print: {_describe_error(error)}")
 
 
 def main(argv: Optional[Sequence[str]] = None) -> None:

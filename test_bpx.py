@@ -1263,7 +1263,7 @@ BROKEN = [
     ("more than gzip", [sized(HEAD + PACKED, ONE + b"1")]),
     ("two gzip members", [sized(HEAD + PACKED, ONE + ONE)], "HTTPException: the gzip data is cut off, or has extra bytes after its end"),
     ("zlib, not gzip", [sized(HEAD + PACKED, b"x\x9c3\x04\x00\x002\x002")]),
-    *((f"header {line}", [HEAD + line + REST], "HTTPException: a header is malformed") for line in (b"bad line\r\n", b"A: b\r\r\n")),
+    *((f"header {line}", [HEAD + line + REST], "HTTPException: a header is malformed") for line in (b"bad line\r\n", b" A: b\r\n", b"A: b\r\r\n")),
     ("BR", [sized(HEAD + b"Content-Encoding: BR\r\n", b"{}")], "HTTPException: Content-Encoding br is not supported"),
     ("gzip twice", [sized(HEAD + PACKED * 2, gzip.compress(ONE))], "HTTPException: Content-Encoding gzip, gzip is not supported"),
     ("a byte too many", [sized(HEAD, FULL + b" ")], TOO_LARGE),
