@@ -117,20 +117,20 @@ MAX_IDLE = 15.0  # seconds after which an idle connection is not used again
 MAX_BODY = 16 * 1024 * 1024  # bytes of a response body
 
 # Messages about arguments hide a text of this length or more, because it could
-# be a secret key that was passed in a wrong place. A key has 44 characters,
-# and 43 without the "=" at its end. (A valid path is always shown.)
+# be a secret key that was passed in the wrong place. A key has 44 characters,
+# and 43 without the "=" at its end. (Exception: a path that has passed the
+# check is shown whatever its length.)
 _MIN_HIDDEN_LENGTH = 43
 
-# The largest number of characters in str() of a BPXError. In the reason of an
-# APIError, the code and the message are each cut to this length, too.
+# str() of a BPXError is cut to this number of characters. So are, one by one,
+# the code and the message in the reason of an APIError.
 _MAX_SHOWN_LENGTH = 300
 
 # The parameters of a request: None, a mapping of names to values, or (for a
 # batch of orders) a list or tuple of such mappings.
 #
-# The type says Sequence, because type checkers do not accept a List[Dict]
-# where a List[Mapping] is expected. At run time, only a list or tuple is
-# accepted.
+# The type is Sequence and not List, because for type checkers a List[Dict] is
+# not a List[Mapping]. At run time, only a list or tuple is accepted.
 Params = Union[Mapping[str, Any], Sequence[Mapping[str, Any]], None]
 
 # Every signed operation of the exchange, in the order of its documentation.
@@ -342,11 +342,10 @@ def _check_str(value: Any, place: str) -> None:
 
 
 def _plain_str(text: str) -> str:
-    """Return the text as a plain str, even if it is of a subclass of str.
+    """Return a plain str with the same characters, even for a subclass of str.
 
     str(text) would call the __str__ of the subclass, which could return
-    another text. str.__str__ cannot be overridden: it returns a plain str with
-    the same characters.
+    another text. Calling the method of str itself avoids that.
     """
     return str.__str__(text)
 
@@ -371,7 +370,8 @@ def _needs_no_conversion(mapping: Dict[Any, Any]) -> bool:
     """Return True for a mapping of only ASCII text, integers and booleans."""
     for name, value in mapping.items():
         # type() and not isinstance(), because a subclass needs conversion.
-        # Text that is not ASCII must be checked by _normalize_text.
+        # Text that is not ASCII could have surrogates, so _normalize_text must
+        # check it.
         if type(name) is not str or not name.isascii():
             return False
         if type(value) is str:
@@ -391,7 +391,8 @@ def _normalize_mapping(mapping: object, place: str) -> Dict[str, Any]:
         )
     if type(mapping) is dict:
         # Use a copy, because another thread could change the caller's dict.
-        # (For other mappings, see _normalize_params.)
+        # (A mapping of another type is not copied. If it changes while it is
+        # read, Python raises RuntimeError, and the caller gets a ValueError.)
         mapping = dict(mapping)
         if _needs_no_conversion(mapping):  # a shortcut, for speed
             return mapping
@@ -516,8 +517,8 @@ def _normalize_params(params: Any) -> List[Dict[str, Any]]:
         # RecursionError is a RuntimeError, so this clause comes first.
         raise ValueError("params: pass fewer levels of nesting") from None
     except RuntimeError as error:
-        # Python raises this if a mapping is changed while it is read. (It does
-        # not happen to a plain dict, because _normalize_mapping copies it.)
+        # Python raises this if a mapping is changed while it is read. (A plain
+        # dict is copied first, so it cannot cause this.)
         raise ValueError(
             f"params: pass a copy that no other thread changes ({error})"
         ) from None
@@ -587,7 +588,7 @@ def _make_canonical_string(
             f"not {_describe_value(window)}"
         )
     # instruction=<instruction>&<name>=<value>&...&timestamp=<ms>&window=<ms>
-    # (For the text of a batch, see canonical_string.)
+    # (A batch: instruction=...&<order 1>&instruction=...&<order 2>&...)
     parts = []
     for mapping in mappings:
         parts.append(f"instruction={instruction}")
@@ -950,8 +951,8 @@ def build_request(
 # time limit.
 #
 # A server could send extra bytes after a response. They must not be mistaken
-# for the next response. If they are already in the read buffer, they are
-# dropped together with the HTTPResponse. If they are still in the socket,
+# for the next response. Each HTTPResponse has its own read buffer, and extra
+# bytes in it are dropped with it. If extra bytes are still in the socket,
 # _is_stale finds them before the next request, and the connection is closed.
 
 
@@ -975,10 +976,11 @@ class _ResponseStream(io.RawIOBase):
     It differs from the stream of the socket itself in three ways:
     - The time limit is for the whole response, and not for each read.
       (Otherwise, a slow server could make a response last forever.)
-    - If the server closes the connection, that is an error (EOFError), because
-      http.client would treat headers that are cut off as complete. But after
-      accept_close, it is the normal end of the response.
+    - A connection that is closed by the server raises EOFError. (Otherwise,
+      http.client would use headers that are cut off.) Only after accept_close,
+      it is the normal end of the response.
     - Closing the stream leaves the socket open, so that it can be used again.
+      (The inherited close method does not touch the socket.)
     """
 
     def __init__(self, sock: Any, timeout: float) -> None:
@@ -1008,8 +1010,8 @@ class _ResponseStream(io.RawIOBase):
     def accept_close(self) -> None:
         """From now on, treat a closed connection as the normal end.
 
-        This is called for a response with an error status whose body ends only
-        when the server closes the connection.
+        Call this only for an error response whose length is not known: its
+        body ends when the server closes the connection.
         """
         self._is_close_accepted = True
 
@@ -1033,7 +1035,7 @@ def _make_http_response(
 ) -> http.client.HTTPResponse:
     """Return a response that will be read from the stream."""
     fake_socket: Any = _FakeSocket(stream)
-    # HTTPConnection passes its debuglevel to its responses. Do the same.
+    # As in http.client, HTTPConnection.debuglevel = 1 also shows responses.
     debuglevel = http.client.HTTPConnection.debuglevel
     return http.client.HTTPResponse(fake_socket, debuglevel, method)
 
@@ -1042,8 +1044,8 @@ class _RequestWriter(http.client.HTTPConnection):
     """Writes a request to a socket that is already connected.
 
     Call only request() on it. It never connects or closes the socket, and
-    never reads from it. A plain HTTPConnection is right for https, too,
-    because the socket does TLS.
+    never reads from it. For https, too, it is a plain HTTPConnection, because
+    the socket already does TLS.
     """
 
     def __init__(self, sock: Any) -> None:
@@ -1139,8 +1141,9 @@ def _read_connect_status(sock: Any, timeout: float) -> int:
     stream = _ResponseStream(sock, timeout)
     response = _make_http_response(stream, "CONNECT")
     response.begin()  # receives the status and the headers
-    # The response has a read buffer, which is dropped here. No bytes of TLS
-    # are lost with it, because the proxy sends none before this side does.
+    # Here the response is dropped with its read buffer, and the socket stays
+    # open. The buffer holds no bytes of TLS, because in TLS the client speaks
+    # first, and this is done later.
     return response.status
 
 
@@ -1191,12 +1194,11 @@ def _connect(request: Request, timeout: float) -> Any:
 def _is_stale(sock: Any) -> bool:
     """Return True if an idle connection must be closed and not used again.
 
-    Nothing should arrive on an idle connection. If there is something to
-    read, the server has closed the connection (this also counts as something
-    to read), or it has sent bytes that answer no request.
-    A connection that cannot be checked is not used either. (A late TLS session
-    ticket also counts as something to read. Then a good connection is closed
-    without need, which costs only the time to open another.)
+    Nothing should arrive on an idle connection. There is something to read if
+    - the server has closed the connection,
+    - the server has sent bytes that answer no request, or
+    - a TLS session ticket has come late. Then a good connection is closed
+      without need, which costs only the time to open another.
     """
     # Only a TLS socket has pending(). Such a socket may hold decrypted bytes,
     # which a selector does not see.
@@ -1208,7 +1210,8 @@ def _is_stale(sock: Any) -> bool:
             readable = selector.select(timeout=0)  # does not wait
             return len(readable) > 0
     except (OSError, ValueError):
-        # Too many files are open, or the socket was closed elsewhere.
+        # The connection cannot be checked, because too many files are open or
+        # the socket was closed elsewhere.
         return True
 
 
@@ -1272,12 +1275,11 @@ def _check_body_size(body: Union[bytes, bytearray]) -> None:
 
 def _check_header_lines(headers: http.client.HTTPMessage) -> None:
     """Raise if a header line is malformed."""
-    # http.client parses headers with the parser for e-mails, which does not
-    # raise for a malformed line. It does one of two things:
-    # - It adds an item to the list headers.defects.
-    # - It ends the headers there, and keeps the other lines as the payload
-    #   (the text of the e-mail, which is otherwise "").
-    # Then headers may be missing, such as a Content-Length.
+    # http.client parses headers with the parser for e-mails, which never
+    # raises. At a malformed line, it either records a defect, or takes that
+    # line and all that follow for the text of the e-mail (the payload, which
+    # is "" for good headers). In both cases, a header such as Content-Length
+    # may be lost.
     if headers.defects or headers.get_payload():
         raise http.client.HTTPException("a header is malformed")
 
@@ -1300,9 +1302,9 @@ def _has_known_end(response: http.client.HTTPResponse) -> bool:
     """
     if response.chunked:
         return True
-    # http.client sets length to 0 if there can be no body (as for a 204).
-    # Otherwise, it is the Content-Length, or None if that is missing or not
-    # valid.
+    # http.client sets length to 0 if there can be no body (as for a 204), to
+    # None if Content-Length is missing or not valid, and otherwise to the
+    # Content-Length.
     return response.length is not None
 
 
@@ -1310,8 +1312,9 @@ def _read_to_end(response: http.client.HTTPResponse) -> bytes:
     """Return all bytes of the body; raise if they are more than MAX_BODY."""
     body = bytearray()
     while True:
-        # read1 returns b"" at the end of the body. (It is not read, because
-        # read would wait for bytes after a chunk of the malformed size -1.)
+        # Use read1() and not read(), so that the size is checked after each
+        # part. (For a malformed chunk of the size -1, read() would receive
+        # bytes without a limit.)
         part = response.read1(65536)
         if not part:
             return bytes(body)
@@ -1394,9 +1397,9 @@ def _is_reusable(
         # the next response.
         return False
     if response.status == 408:
-        # The server may have sent this 408 because the connection was idle,
-        # just before the request arrived. Then the response to the request
-        # could still come, and be mistaken for the next response.
+        # Perhaps the server gave up on an idle connection, and sent this 408
+        # while the request was on its way. Then the real response could still
+        # come, and be mistaken for the next response.
         return False
     return not response.will_close
 
@@ -1404,7 +1407,7 @@ def _is_reusable(
 def _receive(sock: Any, method: str, timeout: float) -> Tuple[Response, bool]:
     """Receive a response to a request with this method.
 
-    Return it, and whether the connection can be used for another request.
+    Return the response, and whether the connection can be used again.
     """
     stream = _ResponseStream(sock, timeout)
     response = _make_http_response(stream, method)
@@ -1426,7 +1429,7 @@ def _send_and_receive(
 ) -> Tuple[Response, bool]:
     """Send a request once, and receive its response.
 
-    Return it, and whether the connection can be used for another request.
+    Return the response, and whether the connection can be used again.
     """
     try:
         method = request.get_method()
@@ -1458,11 +1461,11 @@ def send(request: Request, *, timeout: float = DEFAULT_TIMEOUT) -> Response:
     read, and it may be cut off if the server gave no length.
 
     timeout is in seconds. It limits each of these steps, not the whole call:
-    - connect (once for each address of the host that is tried)
+    - connect (each address that is tried has the full timeout)
     - open the tunnel, if there is a proxy
     - begin TLS, if the URL is https
     - send the headers
-    - send the body (over https: each 16 KB of it)
+    - send the body (over https, each 16 KB of it has the full timeout)
     - receive the whole response
     Looking up the addresses of the host has no timeout.
 
@@ -1512,8 +1515,8 @@ def _decode_or_raise(built: Request, response: Response) -> Any:
     try:
         body = _decode(response.body)
     except Exception as error:  # such as MemoryError
-        # request() promises that any Exception other than a BPXError means
-        # that nothing was sent. Here it was sent, so this must be a BPXError.
+        # The request has been sent, so this must be a BPXError. request()
+        # promises that any other Exception means that nothing was sent.
         raise UnknownOutcomeError(built, _describe_error(error)) from error
     if _is_error(response.status):
         raise APIError(built, response.status, body, response.headers)
@@ -1642,13 +1645,13 @@ def _fail(status: int, message: str) -> NoReturn:
         # sys.stderr is None if it was closed before Python started.
         if sys.stderr is not None:
             print(line, file=sys.stderr, flush=True)
-    except (OSError, ValueError):  # ValueError: it was closed after that.
+    except (OSError, ValueError):  # ValueError: closed after the start
         _redirect_to_null_device(_STANDARD_ERROR)
     sys.exit(status)
 
 
 def _print_text(text: str, failure_status: int) -> None:
-    """Print a text; if that fails, exit with this status.
+    """Print a text; if that fails, exit with failure_status.
 
     If standard output is a pipe, and its reader (such as head) has closed it,
     that is not a failure.
@@ -1674,9 +1677,8 @@ class _ArgumentParser(argparse.ArgumentParser):
         _fail(2, f"{' '.join(words)}; usage: {_USAGE}")
 
     def _print_message(self, message: str, file: Any = None) -> None:
-        # argparse calls this to print --help and --version on standard output.
-        # (It would also print errors with this, but error() above does not.)
-        # So file is always standard output.
+        # argparse calls this for --help and --version. (Errors go through
+        # error() above.) Both print to standard output, so file is ignored.
         _print_text(message.rstrip(), failure_status=2)
 
 
@@ -1690,8 +1692,8 @@ def _make_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("method", metavar="METHOD", type=str.upper, help="such as GET")
     add("path", metavar="PATH", help="such as /api/v1/order")
-    # Without default=[], argparse would call name=text missing, too, when only
-    # PATH is missing.
+    # default=[] keeps name=text out of the error message of argparse for a
+    # missing PATH.
     add(
         "pairs", metavar="name=text", nargs="*", default=[], help="a parameter"
     )
@@ -1758,10 +1760,10 @@ def _dict_of_unique_names(pairs: List[Tuple[str, Any]]) -> Dict[str, Any]:
 
 
 def _parse_json(source: str, text: Union[str, bytes]) -> Any:
-    """Return decoded JSON, or raise ValueError.
+    """Return decoded JSON.
 
-    It is raised for JSON that is not valid, for too many levels of nesting,
-    and for an object that repeats a name.
+    Raise ValueError if it is not valid, has too many levels of nesting, or
+    repeats a name in an object.
 
     source says where the JSON came from; error messages begin with it.
     """
