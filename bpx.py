@@ -30,8 +30,8 @@ window=5000
 
 This secret key is the example in the exchange's Python guide.
 
-The file begins with the errors and their helpers. Six parts follow, and each
-of them uses only what is above it:
+After the constants come the errors and their helpers, and then six parts. A
+part uses only itself and what is above it:
 
 1. canonical_string returns the text that is signed.
 2. sign_request returns the headers with the signature of that text.
@@ -117,20 +117,20 @@ MAX_IDLE = 15.0  # seconds after which an idle connection is not used again
 MAX_BODY = 16 * 1024 * 1024  # bytes of a response body
 
 # Messages about arguments hide a text of this length or more, because it could
-# be a secret key that was passed in the wrong place. A key has 44 characters,
-# and 43 without the "=" at its end. (Exception: a path that has passed the
-# check is shown whatever its length.)
+# be a secret key that was passed in the wrong place. A key has 43 characters
+# and a final "=". (But a path that _normalize_path has accepted is always
+# shown.)
 _MIN_HIDDEN_LENGTH = 43
 
-# str() of a BPXError is cut to this number of characters. So are, one by one,
-# the code and the message in the reason of an APIError.
+# The largest number of characters in str() of a BPXError. In the reason of an
+# APIError, the code and the message are each cut to this length, too.
 _MAX_SHOWN_LENGTH = 300
 
 # The parameters of a request: None, a mapping of names to values, or (for a
 # batch of orders) a list or tuple of such mappings.
 #
-# The type is Sequence and not List, because for type checkers a List[Dict] is
-# not a List[Mapping]. At run time, only a list or tuple is accepted.
+# Sequence and not List, because type checkers would reject a List[Dict] where
+# a List[Mapping] is declared. At run time, only a list or tuple is accepted.
 Params = Union[Mapping[str, Any], Sequence[Mapping[str, Any]], None]
 
 # Every signed operation of the exchange, in the order of its documentation.
@@ -250,8 +250,8 @@ class APIError(BPXError):
         self.outcome_unknown = status == 408 or status >= 500
         reason = _describe_response(status, self.code, self.message)
         super().__init__(request, reason)
-        # pickle rebuilds an error by APIError(*args), so args must have the
-        # four arguments of this class, and not the two that BPXError has set.
+        # pickle rebuilds an error by APIError(*args). BPXError has set args to
+        # (request, reason), so replace it by the arguments of this class.
         self.args = (request, status, body, headers)
 
 
@@ -391,8 +391,6 @@ def _normalize_mapping(mapping: object, place: str) -> Dict[str, Any]:
         )
     if type(mapping) is dict:
         # Use a copy, because another thread could change the caller's dict.
-        # (A mapping of another type is not copied. If it changes while it is
-        # read, Python raises RuntimeError, and the caller gets a ValueError.)
         mapping = dict(mapping)
         if _needs_no_conversion(mapping):  # a shortcut, for speed
             return mapping
@@ -469,8 +467,8 @@ def _normalize_decimal(value: Decimal, place: str) -> str:
     number = Decimal(value)  # a plain Decimal, even from a subclass
     if not number.is_finite():
         raise ValueError(f"{place}: pass a finite number, not {number}")
-    # adjusted() is the exponent in scientific notation, for example 2 for 123
-    # (1.23E+2). Without a limit, 1E+999999999 would become a billion digits.
+    # adjusted() is the exponent in scientific notation: 123 is 1.23E+2, so it
+    # is 2. Without a limit, 1E+999999999 would become a billion digits.
     exponent = number.adjusted()
     if abs(exponent) >= 1000:
         raise ValueError(
@@ -517,8 +515,8 @@ def _normalize_params(params: Any) -> List[Dict[str, Any]]:
         # RecursionError is a RuntimeError, so this clause comes first.
         raise ValueError("params: pass fewer levels of nesting") from None
     except RuntimeError as error:
-        # Python raises this if a mapping is changed while it is read. (A plain
-        # dict is copied first, so it cannot cause this.)
+        # Most mappings raise this if another thread changes them while they
+        # are read. (A plain dict is copied first, so it cannot cause this.)
         raise ValueError(
             f"params: pass a copy that no other thread changes ({error})"
         ) from None
@@ -541,7 +539,8 @@ def _name_value_pairs(mapping: Dict[str, Any]) -> List[Tuple[str, str]]:
         elif isinstance(value, list):
             # The exchange does not document how a list is signed. This
             # implementation assumes one pair for each item: a=1&a=2. Public
-            # queries use this form, and most clients sign lists in this form.
+            # operations take lists in this form, and most other clients sign
+            # lists in this form.
             pairs.extend([(name, _value_text(item)) for item in value])
         else:
             pairs.append((name, _value_text(value)))
@@ -928,7 +927,7 @@ def build_request(
     if instruction is not None:
         signed = _sign(instruction, mappings, secret_key, timestamp, window)
         all_headers.update(signed)
-    # A batch is sent as a list, even if it has only one order. If this is no
+    # A batch is sent as a list, even if it has only one order. Without a
     # batch, mappings has exactly one item.
     params_to_send: Any = mappings if is_batch else mappings[0]
     return _make_request(method, url, all_headers, params_to_send)
@@ -946,14 +945,15 @@ def build_request(
 # finds it too old or stale. After a failure, it is closed at once, because a
 # late response could be mistaken for the response to the next request.
 #
-# Only the socket is kept. For each request, a new _RequestWriter writes to it,
-# and a new HTTPResponse reads from it, through a _ResponseStream that adds the
-# time limit.
+# Only the socket is kept. All other objects are new for each request:
+#   request -> _RequestWriter -> socket
+#   socket -> _ResponseStream (adds the time limit) -> HTTPResponse
 #
 # A server could send extra bytes after a response. They must not be mistaken
-# for the next response. Each HTTPResponse has its own read buffer, and extra
-# bytes in it are dropped with it. If extra bytes are still in the socket,
-# _is_stale finds them before the next request, and the connection is closed.
+# for the next response. Extra bytes that are already in the read buffer of the
+# HTTPResponse are discarded with the buffer. If extra bytes are still in the
+# socket, _is_stale finds them before the next request, and the connection is
+# closed.
 
 
 class Response(NamedTuple):
@@ -976,11 +976,11 @@ class _ResponseStream(io.RawIOBase):
     It differs from the stream of the socket itself in three ways:
     - The time limit is for the whole response, and not for each read.
       (Otherwise, a slow server could make a response last forever.)
-    - A connection that is closed by the server raises EOFError. (Otherwise,
-      http.client would use headers that are cut off.) Only after accept_close,
-      it is the normal end of the response.
-    - Closing the stream leaves the socket open, so that it can be used again.
-      (The inherited close method does not touch the socket.)
+    - If the server closes the connection, reading raises EOFError, because
+      http.client would otherwise accept headers that are cut off. (After
+      accept_close, reading returns the normal end instead.)
+    - close() is inherited and does nothing to the socket, so that the socket
+      can be used again.
     """
 
     def __init__(self, sock: Any, timeout: float) -> None:
@@ -1035,7 +1035,7 @@ def _make_http_response(
 ) -> http.client.HTTPResponse:
     """Return a response that will be read from the stream."""
     fake_socket: Any = _FakeSocket(stream)
-    # As in http.client, HTTPConnection.debuglevel = 1 also shows responses.
+    # As in http.client, HTTPConnection.debuglevel = 1 shows responses, too.
     debuglevel = http.client.HTTPConnection.debuglevel
     return http.client.HTTPResponse(fake_socket, debuglevel, method)
 
@@ -1044,7 +1044,7 @@ class _RequestWriter(http.client.HTTPConnection):
     """Writes a request to a socket that is already connected.
 
     Call only request() on it. It never connects or closes the socket, and
-    never reads from it. For https, too, it is a plain HTTPConnection, because
+    never reads from it. It is a plain HTTPConnection even for https, because
     the socket already does TLS.
     """
 
@@ -1141,9 +1141,9 @@ def _read_connect_status(sock: Any, timeout: float) -> int:
     stream = _ResponseStream(sock, timeout)
     response = _make_http_response(stream, "CONNECT")
     response.begin()  # receives the status and the headers
-    # Here the response is dropped with its read buffer, and the socket stays
-    # open. The buffer holds no bytes of TLS, because in TLS the client speaks
-    # first, and this is done later.
+    # On return, the response and its read buffer are discarded; the socket
+    # stays open. No bytes of TLS are lost with the buffer: the server sends
+    # none before TLS begins, and _open_tunnel begins it after this function.
     return response.status
 
 
@@ -1197,8 +1197,8 @@ def _is_stale(sock: Any) -> bool:
     Nothing should arrive on an idle connection. There is something to read if
     - the server has closed the connection,
     - the server has sent bytes that answer no request, or
-    - a TLS session ticket has come late. Then a good connection is closed
-      without need, which costs only the time to open another.
+    - a TLS session ticket has come late. (Such a connection is still good.
+      Closing it costs only the time to open another.)
     """
     # Only a TLS socket has pending(). Such a socket may hold decrypted bytes,
     # which a selector does not see.
@@ -1276,10 +1276,11 @@ def _check_body_size(body: Union[bytes, bytearray]) -> None:
 def _check_header_lines(headers: http.client.HTTPMessage) -> None:
     """Raise if a header line is malformed."""
     # http.client parses headers with the parser for e-mails, which never
-    # raises. At a malformed line, it either records a defect, or takes that
-    # line and all that follow for the text of the e-mail (the payload, which
-    # is "" for good headers). In both cases, a header such as Content-Length
-    # may be lost.
+    # raises. At a malformed line, it does one of two things:
+    # - It records a defect (headers.defects).
+    # - It ends the headers there. The remaining lines become the payload,
+    #   which is "" for good headers.
+    # In both cases, a header such as Content-Length may be lost.
     if headers.defects or headers.get_payload():
         raise http.client.HTTPException("a header is malformed")
 
@@ -1309,12 +1310,15 @@ def _has_known_end(response: http.client.HTTPResponse) -> bool:
 
 
 def _read_to_end(response: http.client.HTTPResponse) -> bytes:
-    """Return all bytes of the body; raise if they are more than MAX_BODY."""
+    """Return all bytes of the body; raise if they are more than MAX_BODY.
+
+    If the body is cut off, _ResponseStream raises EOFError.
+    """
     body = bytearray()
     while True:
-        # Use read1() and not read(), so that the size is checked after each
-        # part. (For a malformed chunk of the size -1, read() would receive
-        # bytes without a limit.)
+        # read(65536) would not do: after the malformed chunk size -1, it would
+        # receive all bytes until the server closes, without a limit. read1()
+        # returns what one receive gave, so the size is checked each time.
         part = response.read1(65536)
         if not part:
             return bytes(body)
@@ -1397,9 +1401,9 @@ def _is_reusable(
         # the next response.
         return False
     if response.status == 408:
-        # Perhaps the server gave up on an idle connection, and sent this 408
-        # while the request was on its way. Then the real response could still
-        # come, and be mistaken for the next response.
+        # This may not be the response to the request: the server may have sent
+        # it because the connection was idle, before the request arrived. Then
+        # the real response could still come, and be mistaken for the next one.
         return False
     return not response.will_close
 
@@ -1454,7 +1458,7 @@ def _check_timeout(timeout: Any) -> None:
 
 
 def send(request: Request, *, timeout: float = DEFAULT_TIMEOUT) -> Response:
-    """Send a request of build_request once, and return its response.
+    """Send a request made by build_request, once; return the response.
 
     The response may have any status from 200 on. The body of a 2xx response is
     always complete. For any other status, the body is empty if it could not be
@@ -1515,8 +1519,8 @@ def _decode_or_raise(built: Request, response: Response) -> Any:
     try:
         body = _decode(response.body)
     except Exception as error:  # such as MemoryError
-        # The request has been sent, so this must be a BPXError. request()
-        # promises that any other Exception means that nothing was sent.
+        # The request has been sent, so raise a BPXError. request() promises
+        # that an Exception that is not a BPXError means: nothing was sent.
         raise UnknownOutcomeError(built, _describe_error(error)) from error
     if _is_error(response.status):
         raise APIError(built, response.status, body, response.headers)
@@ -1546,9 +1550,9 @@ def request(
     failed even then, so look at each item of the result.
 
     Raises APIError, NotSentError or UnknownOutcomeError: before you repeat an
-    order, look at the attribute outcome_unknown of the error. Any
-    other Exception, such as a ValueError for a bad argument, means that
-    nothing was sent.
+    order, look at the attribute outcome_unknown of the error. Any other
+    Exception, such as a ValueError for a bad argument, means that nothing was
+    sent. After a KeyboardInterrupt, the request may have been executed.
     """
     built = build_request(
         method,
@@ -1622,7 +1626,8 @@ _SHOWN_HEADERS = (
     "Content-Type",
 )
 
-# File descriptors, as numbers, because fileno() fails if a stream is closed.
+# File descriptors, as numbers, because sys.stdout.fileno() raises if the
+# stream is closed.
 _STANDARD_OUTPUT = 1
 _STANDARD_ERROR = 2
 
@@ -1677,8 +1682,8 @@ class _ArgumentParser(argparse.ArgumentParser):
         _fail(2, f"{' '.join(words)}; usage: {_USAGE}")
 
     def _print_message(self, message: str, file: Any = None) -> None:
-        # argparse calls this for --help and --version. (Errors go through
-        # error() above.) Both print to standard output, so file is ignored.
+        # argparse calls this for --help and --version, which both print to
+        # standard output, so file is ignored. Errors go through error().
         _print_text(message.rstrip(), failure_status=2)
 
 
@@ -1692,8 +1697,8 @@ def _make_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("method", metavar="METHOD", type=str.upper, help="such as GET")
     add("path", metavar="PATH", help="such as /api/v1/order")
-    # default=[] keeps name=text out of the error message of argparse for a
-    # missing PATH.
+    # Without default=[], argparse would treat even a "*" argument as required:
+    # a missing PATH would be reported as "required: PATH, name=text".
     add(
         "pairs", metavar="name=text", nargs="*", default=[], help="a parameter"
     )
@@ -1784,8 +1789,8 @@ def _parse_pair(pair: str) -> Tuple[str, Any]:
         name = name[:-1]
     if not name or not separator:
         raise ValueError(f"pass name=text or name:=json, not {_quoted(pair)}")
-    # A secret key has 43 characters and one "=" at its end. If it is passed
-    # here by mistake, the 43 characters become the name.
+    # A secret key has 43 characters and a final "=". If it is passed here by
+    # mistake, the 43 characters become the name.
     if _is_long(name):
         raise ValueError("pass a shorter name; this one could be a secret key")
     if name == "BPX_SECRET_KEY":
