@@ -30,8 +30,8 @@ window=5000
 
 This secret key is the example in the exchange's Python guide.
 
-After the constants come the errors and their helpers, and then six parts. A
-part uses only itself and what is above it:
+After the constants come the errors and their helpers, and then these six
+parts. No part uses a later one.
 
 1. canonical_string returns the text that is signed.
 2. sign_request returns the headers with the signature of that text.
@@ -118,12 +118,12 @@ MAX_BODY = 16 * 1024 * 1024  # bytes of a response body
 
 # Messages about arguments hide a text of this length or more, because it could
 # be a secret key that was passed in the wrong place. A key has 43 characters
-# and a final "=". (But a path that _normalize_path has accepted is always
-# shown.)
+# and a final "=". (Exception: a path that was accepted is always shown. It
+# cannot be a key, because it has no "=".)
 _MIN_HIDDEN_LENGTH = 43
 
-# The largest number of characters in str() of a BPXError. In the reason of an
-# APIError, the code and the message are each cut to this length, too.
+# str() of a BPXError is cut to this number of characters. The reason of an
+# APIError can be longer: its code and its message are each cut to this number.
 _MAX_SHOWN_LENGTH = 300
 
 # The parameters of a request: None, a mapping of names to values, or (for a
@@ -251,7 +251,7 @@ class APIError(BPXError):
         reason = _describe_response(status, self.code, self.message)
         super().__init__(request, reason)
         # pickle rebuilds an error by APIError(*args). BPXError has set args to
-        # (request, reason), so replace it by the arguments of this class.
+        # (request, reason), so set it to the arguments of this class.
         self.args = (request, status, body, headers)
 
 
@@ -360,14 +360,14 @@ def _plain_str(text: str) -> str:
 
 _INSTRUCTION_PATTERN = re.compile("[A-Za-z0-9]+")
 
-# Used for the JSON body, and for a mapping as a value in the signed text.
+# Encodes the JSON body and, in the signed text, a mapping that is a value.
 _JSON_ENCODER = json.JSONEncoder(
     ensure_ascii=False, separators=(",", ":"), sort_keys=True
 )
 
 
 def _needs_no_conversion(mapping: Dict[Any, Any]) -> bool:
-    """Return True for a mapping of only ASCII text, integers and booleans."""
+    """Return True if names are ASCII, and values are ASCII, int or bool."""
     for name, value in mapping.items():
         # type() and not isinstance(), because a subclass needs conversion.
         # Text that is not ASCII could have surrogates, so _normalize_text must
@@ -467,8 +467,8 @@ def _normalize_decimal(value: Decimal, place: str) -> str:
     number = Decimal(value)  # a plain Decimal, even from a subclass
     if not number.is_finite():
         raise ValueError(f"{place}: pass a finite number, not {number}")
-    # adjusted() is the exponent in scientific notation: 123 is 1.23E+2, so it
-    # is 2. Without a limit, 1E+999999999 would become a billion digits.
+    # adjusted() is the exponent in scientific notation, for example 2 for 123
+    # (1.23E+2). Without a limit, 1E+999999999 would become a billion digits.
     exponent = number.adjusted()
     if abs(exponent) >= 1000:
         raise ValueError(
@@ -512,11 +512,11 @@ def _normalize_params(params: Any) -> List[Dict[str, Any]]:
             mapping = {} if params is None else params
             mappings = [_normalize_mapping(mapping, "params")]
     except RecursionError:
-        # RecursionError is a RuntimeError, so this clause comes first.
+        # RecursionError is a subclass of RuntimeError, so it is caught first.
         raise ValueError("params: pass fewer levels of nesting") from None
     except RuntimeError as error:
-        # Most mappings raise this if another thread changes them while they
-        # are read. (A plain dict is copied first, so it cannot cause this.)
+        # Most mappings raise RuntimeError if another thread changes them while
+        # they are read. (A plain dict is copied first, so it cannot.)
         raise ValueError(
             f"params: pass a copy that no other thread changes ({error})"
         ) from None
@@ -540,7 +540,7 @@ def _name_value_pairs(mapping: Dict[str, Any]) -> List[Tuple[str, str]]:
             # The exchange does not document how a list is signed. This
             # implementation assumes one pair for each item: a=1&a=2. Public
             # operations take lists in this form, and most other clients sign
-            # lists in this form.
+            # lists so.
             pairs.extend([(name, _value_text(item)) for item in value])
         else:
             pairs.append((name, _value_text(value)))
@@ -555,9 +555,9 @@ def _value_text(value: Any) -> str:
         return "true" if value else "false"
     if isinstance(value, int):
         return str(value)
-    # The exchange does not document how a mapping is signed. Its Rust client
-    # signs a string as it is, and any other value as JSON. So this
-    # implementation assumes compact JSON.
+    # The exchange does not document how a mapping is signed, either. This
+    # implementation assumes compact JSON, because the exchange's Rust client
+    # signs JSON where a value is no string.
     return _JSON_ENCODER.encode(value)
 
 
@@ -927,7 +927,7 @@ def build_request(
     if instruction is not None:
         signed = _sign(instruction, mappings, secret_key, timestamp, window)
         all_headers.update(signed)
-    # A batch is sent as a list, even if it has only one order. Without a
+    # A batch is sent as a list, even if it has only one order. If params is no
     # batch, mappings has exactly one item.
     params_to_send: Any = mappings if is_batch else mappings[0]
     return _make_request(method, url, all_headers, params_to_send)
@@ -946,8 +946,8 @@ def build_request(
 # late response could be mistaken for the response to the next request.
 #
 # Only the socket is kept. All other objects are new for each request:
-#   request -> _RequestWriter -> socket
-#   socket -> _ResponseStream (adds the time limit) -> HTTPResponse
+#   sending:    request -> _RequestWriter -> socket
+#   receiving:  socket -> _ResponseStream -> HTTPResponse -> response
 #
 # A server could send extra bytes after a response. They must not be mistaken
 # for the next response. Extra bytes that are already in the read buffer of the
@@ -976,11 +976,11 @@ class _ResponseStream(io.RawIOBase):
     It differs from the stream of the socket itself in three ways:
     - The time limit is for the whole response, and not for each read.
       (Otherwise, a slow server could make a response last forever.)
-    - If the server closes the connection, reading raises EOFError, because
-      http.client would otherwise accept headers that are cut off. (After
-      accept_close, reading returns the normal end instead.)
-    - close() is inherited and does nothing to the socket, so that the socket
-      can be used again.
+    - If the server closes the connection, reading raises EOFError. (Otherwise,
+      http.client would accept headers or a body that are cut off.) For a body
+      that has no other end, accept_close() turns this off.
+    - HTTPResponse closes its stream at the end of the body. Here, this leaves
+      the socket open, so that it can be used again.
     """
 
     def __init__(self, sock: Any, timeout: float) -> None:
@@ -1035,7 +1035,8 @@ def _make_http_response(
 ) -> http.client.HTTPResponse:
     """Return a response that will be read from the stream."""
     fake_socket: Any = _FakeSocket(stream)
-    # As in http.client, HTTPConnection.debuglevel = 1 shows responses, too.
+    # A user may set HTTPConnection.debuglevel = 1. Then http.client prints
+    # requests, and with this line responses, too.
     debuglevel = http.client.HTTPConnection.debuglevel
     return http.client.HTTPResponse(fake_socket, debuglevel, method)
 
@@ -1049,8 +1050,8 @@ class _RequestWriter(http.client.HTTPConnection):
     """
 
     def __init__(self, sock: Any) -> None:
-        # HTTPConnection requires a host, but it is not used: the socket is
-        # connected, and _headers_to_send sets Host.
+        # HTTPConnection requires a host, to connect and for the Host header.
+        # Here the socket is connected, and _headers_to_send sets Host.
         super().__init__("unused")
         self.sock = sock  # HTTPConnection connects only if this is None.
 
@@ -1141,9 +1142,9 @@ def _read_connect_status(sock: Any, timeout: float) -> int:
     stream = _ResponseStream(sock, timeout)
     response = _make_http_response(stream, "CONNECT")
     response.begin()  # receives the status and the headers
-    # On return, the response and its read buffer are discarded; the socket
-    # stays open. No bytes of TLS are lost with the buffer: the server sends
-    # none before TLS begins, and _open_tunnel begins it after this function.
+    # The read buffer is discarded with the response; the socket stays open.
+    # The buffer holds no bytes of TLS yet: in TLS, the client sends first, and
+    # _open_tunnel starts TLS only after this function.
     return response.status
 
 
@@ -1192,13 +1193,13 @@ def _connect(request: Request, timeout: float) -> Any:
 
 
 def _is_stale(sock: Any) -> bool:
-    """Return True if an idle connection must be closed and not used again.
+    """Return True if an idle connection should not be used again.
 
-    Nothing should arrive on an idle connection. There is something to read if
-    - the server has closed the connection,
-    - the server has sent bytes that answer no request, or
-    - a TLS session ticket has come late. (Such a connection is still good.
-      Closing it costs only the time to open another.)
+    Nothing should arrive on an idle connection. Something to read means one of
+    - The server has closed the connection.
+    - The server has sent bytes that answer no request.
+    - A TLS session ticket has come late. This is harmless, but it cannot be
+      told apart. To open another connection only takes some time.
     """
     # Only a TLS socket has pending(). Such a socket may hold decrypted bytes,
     # which a selector does not see.
@@ -1280,7 +1281,8 @@ def _check_header_lines(headers: http.client.HTTPMessage) -> None:
     # - It records a defect (headers.defects).
     # - It ends the headers there. The remaining lines become the payload,
     #   which is "" for good headers.
-    # In both cases, a header such as Content-Length may be lost.
+    # In both cases, a header such as Content-Length may be lost. (A multipart
+    # type, which the exchange does not use, is refused, too.)
     if headers.defects or headers.get_payload():
         raise http.client.HTTPException("a header is malformed")
 
@@ -1310,19 +1312,14 @@ def _has_known_end(response: http.client.HTTPResponse) -> bool:
 
 
 def _read_to_end(response: http.client.HTTPResponse) -> bytes:
-    """Return all bytes of the body; raise if they are more than MAX_BODY.
-
-    If the body is cut off, _ResponseStream raises EOFError.
-    """
+    """Return all bytes of the body; raise if they are more than MAX_BODY."""
     body = bytearray()
+    part = bytearray(65536)
     while True:
-        # read(65536) would not do: after the malformed chunk size -1, it would
-        # receive all bytes until the server closes, without a limit. read1()
-        # returns what one receive gave, so the size is checked each time.
-        part = response.read1(65536)
-        if not part:
+        size = response.readinto(part)
+        if size == 0:  # the end of the body
             return bytes(body)
-        body += part
+        body += part[:size]
         _check_body_size(body)
 
 
@@ -1366,7 +1363,7 @@ def _read_body(
     """Return the decompressed body; raise an error if it cannot be read."""
     raw_body = _read_raw_body(response, stream)
     encodings = response.headers.get_all("Content-Encoding", [])
-    # If there are two headers, the joined text ("gzip, gzip") is refused.
+    # Two such headers give, for example, "gzip, gzip", which is refused below.
     encoding = ", ".join(encodings).strip().lower()
     if encoding in ("", "identity"):
         return raw_body
@@ -1401,9 +1398,10 @@ def _is_reusable(
         # the next response.
         return False
     if response.status == 408:
-        # This may not be the response to the request: the server may have sent
-        # it because the connection was idle, before the request arrived. Then
-        # the real response could still come, and be mistaken for the next one.
+        # A server also sends 408 to an idle connection, just before it closes
+        # it. So this 408 may have been sent before the request arrived. Then
+        # the real response could still follow, and be mistaken for the
+        # response to the next request.
         return False
     return not response.will_close
 
@@ -1465,11 +1463,12 @@ def send(request: Request, *, timeout: float = DEFAULT_TIMEOUT) -> Response:
     read, and it may be cut off if the server gave no length.
 
     timeout is in seconds. It limits each of these steps, not the whole call:
-    - connect (each address that is tried has the full timeout)
-    - open the tunnel, if there is a proxy
+    - connect (the timeout starts again for each address that is tried)
+    - send CONNECT to the proxy, if there is one
+    - receive the response of the proxy
     - begin TLS, if the URL is https
     - send the headers
-    - send the body (over https, each 16 KB of it has the full timeout)
+    - send the body (over https, the timeout starts again for each 16 KB)
     - receive the whole response
     Looking up the addresses of the host has no timeout.
 
@@ -1519,8 +1518,8 @@ def _decode_or_raise(built: Request, response: Response) -> Any:
     try:
         body = _decode(response.body)
     except Exception as error:  # such as MemoryError
-        # The request has been sent, so raise a BPXError. request() promises
-        # that an Exception that is not a BPXError means: nothing was sent.
+        # The request has been sent. request() promises that every error after
+        # sending is a BPXError, so convert this one.
         raise UnknownOutcomeError(built, _describe_error(error)) from error
     if _is_error(response.status):
         raise APIError(built, response.status, body, response.headers)
@@ -1637,7 +1636,7 @@ def _redirect_to_null_device(descriptor: int) -> None:
 
     Call this after a write to sys.stdout or sys.stderr has failed. Python
     keeps the unwritten text in a buffer, and tries to write it again at exit.
-    If that failed too, Python would replace the exit status by 120.
+    If that fails too, Python exits with 120 instead of our status.
     """
     with open(os.devnull, "wb") as null_device:
         os.dup2(null_device.fileno(), descriptor)
@@ -1650,7 +1649,7 @@ def _fail(status: int, message: str) -> NoReturn:
         # sys.stderr is None if it was closed before Python started.
         if sys.stderr is not None:
             print(line, file=sys.stderr, flush=True)
-    except (OSError, ValueError):  # ValueError: closed after the start
+    except (OSError, ValueError):  # ValueError if it was closed later
         _redirect_to_null_device(_STANDARD_ERROR)
     sys.exit(status)
 
@@ -1697,8 +1696,8 @@ def _make_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("method", metavar="METHOD", type=str.upper, help="such as GET")
     add("path", metavar="PATH", help="such as /api/v1/order")
-    # Without default=[], argparse would treat even a "*" argument as required:
-    # a missing PATH would be reported as "required: PATH, name=text".
+    # default=[] makes argparse treat the pairs as optional. Without it, the
+    # error for a missing PATH would also name name=text as required.
     add(
         "pairs", metavar="name=text", nargs="*", default=[], help="a parameter"
     )
