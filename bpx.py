@@ -118,12 +118,12 @@ MAX_BODY = 16 * 1024 * 1024  # bytes of a response body
 
 # Messages about arguments hide a text of this length or more, because it could
 # be a secret key that was passed in the wrong place. A key has 43 characters
-# and a final "=". (Exception: a path that was accepted is always shown. It
-# cannot be a key, because it has no "=".)
+# and a final "=", which may have been cut off. (A path that _normalize_path has
+# accepted is always shown. It has no "=", so it cannot be a whole key.)
 _MIN_HIDDEN_LENGTH = 43
 
 # str() of a BPXError is cut to this number of characters. The reason of an
-# APIError can be longer: its code and its message are each cut to this number.
+# APIError can be longer, because code and message are cut separately.
 _MAX_SHOWN_LENGTH = 300
 
 # The parameters of a request: None, a mapping of names to values, or (for a
@@ -267,9 +267,9 @@ class UnknownOutcomeError(BPXError):
 
     Give every order a clientId, so that you can find it. Before you repeat an
     order, find out whether it was executed:
-    1. Wait until the timestamp + window of the request has passed, and some
-       seconds more, because the clocks may differ. Until then, the exchange
-       may still accept the order. The timestamp and the window are in
+    1. Until timestamp + window, the exchange may still accept the order. Wait
+       until that time has passed, and some seconds more, because the clocks
+       may differ. The timestamp and the window are in
        error.request.headers, with the names "X-timestamp" and "X-window"
        (urllib changes the case).
     2. Search for the clientId: GET /api/v1/order finds an open order with it,
@@ -367,7 +367,7 @@ _JSON_ENCODER = json.JSONEncoder(
 
 
 def _needs_no_conversion(mapping: Dict[Any, Any]) -> bool:
-    """Return True if names are ASCII, and values are ASCII, int or bool."""
+    """Return True if each name is ASCII, and each value ASCII, int or bool."""
     for name, value in mapping.items():
         # type() and not isinstance(), because a subclass needs conversion.
         # Text that is not ASCII could have surrogates, so _normalize_text must
@@ -512,11 +512,11 @@ def _normalize_params(params: Any) -> List[Dict[str, Any]]:
             mapping = {} if params is None else params
             mappings = [_normalize_mapping(mapping, "params")]
     except RecursionError:
-        # RecursionError is a subclass of RuntimeError, so it is caught first.
+        # RecursionError is a subclass of RuntimeError, so this comes first.
         raise ValueError("params: pass fewer levels of nesting") from None
     except RuntimeError as error:
         # Most mappings raise RuntimeError if another thread changes them while
-        # they are read. (A plain dict is copied first, so it cannot.)
+        # they are read. (This cannot happen to a plain dict, which is copied.)
         raise ValueError(
             f"params: pass a copy that no other thread changes ({error})"
         ) from None
@@ -540,7 +540,7 @@ def _name_value_pairs(mapping: Dict[str, Any]) -> List[Tuple[str, str]]:
             # The exchange does not document how a list is signed. This
             # implementation assumes one pair for each item: a=1&a=2. Public
             # operations take lists in this form, and most other clients sign
-            # lists so.
+            # lists in this form.
             pairs.extend([(name, _value_text(item)) for item in value])
         else:
             pairs.append((name, _value_text(value)))
@@ -557,7 +557,7 @@ def _value_text(value: Any) -> str:
         return str(value)
     # The exchange does not document how a mapping is signed, either. This
     # implementation assumes compact JSON, because the exchange's Rust client
-    # signs JSON where a value is no string.
+    # signs every value that is not a string as JSON.
     return _JSON_ENCODER.encode(value)
 
 
@@ -973,14 +973,15 @@ class _ResponseStream(io.RawIOBase):
 
     HTTPResponse <- read buffer <- _ResponseStream <- socket
 
-    It differs from the stream of the socket itself in three ways:
-    - The time limit is for the whole response, and not for each read.
-      (Otherwise, a slow server could make a response last forever.)
-    - If the server closes the connection, reading raises EOFError. (Otherwise,
-      http.client would accept headers or a body that are cut off.) For a body
-      that has no other end, accept_close() turns this off.
-    - HTTPResponse closes its stream at the end of the body. Here, this leaves
-      the socket open, so that it can be used again.
+    It solves two problems of the stream that a plain socket has:
+    - There, the timeout is for each read, so a slow server could make a
+      response last forever. Here, one time limit is for the whole response.
+    - There, a closed connection is the normal end, so http.client would accept
+      headers or a body that are cut off. Here, reading raises EOFError, unless
+      accept_close() was called.
+
+    HTTPResponse closes the stream at the end of the body. This leaves the
+    socket open, so that it can be used again.
     """
 
     def __init__(self, sock: Any, timeout: float) -> None:
@@ -1035,8 +1036,8 @@ def _make_http_response(
 ) -> http.client.HTTPResponse:
     """Return a response that will be read from the stream."""
     fake_socket: Any = _FakeSocket(stream)
-    # A user may set HTTPConnection.debuglevel = 1. Then http.client prints
-    # requests, and with this line responses, too.
+    # If a user sets HTTPConnection.debuglevel = 1, http.client prints each
+    # request. Pass the level on, so that it prints responses, too.
     debuglevel = http.client.HTTPConnection.debuglevel
     return http.client.HTTPResponse(fake_socket, debuglevel, method)
 
@@ -1050,8 +1051,8 @@ class _RequestWriter(http.client.HTTPConnection):
     """
 
     def __init__(self, sock: Any) -> None:
-        # HTTPConnection requires a host, to connect and for the Host header.
-        # Here the socket is connected, and _headers_to_send sets Host.
+        # HTTPConnection needs a host for two things, and neither happens here:
+        # the socket is already connected, and _headers_to_send sets Host.
         super().__init__("unused")
         self.sock = sock  # HTTPConnection connects only if this is None.
 
@@ -1142,9 +1143,9 @@ def _read_connect_status(sock: Any, timeout: float) -> int:
     stream = _ResponseStream(sock, timeout)
     response = _make_http_response(stream, "CONNECT")
     response.begin()  # receives the status and the headers
-    # The read buffer is discarded with the response; the socket stays open.
-    # The buffer holds no bytes of TLS yet: in TLS, the client sends first, and
-    # _open_tunnel starts TLS only after this function.
+    # The read buffer is discarded with the response. Nothing is lost with it:
+    # the host sends nothing until this side begins TLS, and that happens only
+    # after this function.
     return response.status
 
 
@@ -1167,6 +1168,7 @@ def _open_tunnel(
         if status != 200:
             raise OSError(f"the proxy has answered {status}")
         sock.settimeout(timeout)  # _ResponseStream has set a shorter one.
+        # If this fails, it closes the socket, and sock.close() does nothing.
         return context.wrap_socket(sock, server_hostname=url.hostname)
     except BaseException:
         sock.close()
@@ -1195,11 +1197,12 @@ def _connect(request: Request, timeout: float) -> Any:
 def _is_stale(sock: Any) -> bool:
     """Return True if an idle connection should not be used again.
 
-    Nothing should arrive on an idle connection. Something to read means one of
+    Nothing should arrive on an idle connection. If there is something to read,
+    the reason is one of these:
     - The server has closed the connection.
     - The server has sent bytes that answer no request.
-    - A TLS session ticket has come late. This is harmless, but it cannot be
-      told apart. To open another connection only takes some time.
+    - A TLS session ticket has come late. This is harmless, but it looks the
+      same as the others. Opening another connection only costs some time.
     """
     # Only a TLS socket has pending(). Such a socket may hold decrypted bytes,
     # which a selector does not see.
@@ -1249,7 +1252,8 @@ class _IdleConnections:
 
     def __del__(self) -> None:
         # When a thread ends, Python deletes its _IdleConnections and so calls
-        # this. Without it, there would be a ResourceWarning for each socket.
+        # this method. Otherwise, Python would show a ResourceWarning for each
+        # socket.
         for sock, _ in self._by_endpoint.values():
             sock.close()
 
@@ -1277,12 +1281,11 @@ def _check_body_size(body: Union[bytes, bytearray]) -> None:
 def _check_header_lines(headers: http.client.HTTPMessage) -> None:
     """Raise if a header line is malformed."""
     # http.client parses headers with the parser for e-mails, which never
-    # raises. At a malformed line, it does one of two things:
-    # - It records a defect (headers.defects).
-    # - It ends the headers there. The remaining lines become the payload,
-    #   which is "" for good headers.
-    # In both cases, a header such as Content-Length may be lost. (A multipart
-    # type, which the exchange does not use, is refused, too.)
+    # raises. A malformed line is noted in headers.defects, or it is taken for
+    # the first line of the text of the e-mail. get_payload() returns that text
+    # (not the body of the response), which is "" for good headers. Then the
+    # headers after the line are lost, perhaps a Content-Length. (A multipart
+    # type is refused, too: that its parts are missing is noted as a defect.)
     if headers.defects or headers.get_payload():
         raise http.client.HTTPException("a header is malformed")
 
@@ -1398,10 +1401,9 @@ def _is_reusable(
         # the next response.
         return False
     if response.status == 408:
-        # A server also sends 408 to an idle connection, just before it closes
-        # it. So this 408 may have been sent before the request arrived. Then
-        # the real response could still follow, and be mistaken for the
-        # response to the next request.
+        # A server may send 408 to an idle connection. So this 408 may have
+        # been sent before the request arrived, and not in response to it. What
+        # comes next on this connection is uncertain.
         return False
     return not response.will_close
 
@@ -1459,8 +1461,8 @@ def send(request: Request, *, timeout: float = DEFAULT_TIMEOUT) -> Response:
     """Send a request made by build_request, once; return the response.
 
     The response may have any status from 200 on. The body of a 2xx response is
-    always complete. For any other status, the body is empty if it could not be
-    read, and it may be cut off if the server gave no length.
+    always complete. For any other status: if the body could not be read, it is
+    empty; if the server gave no length, it may be cut off.
 
     timeout is in seconds. It limits each of these steps, not the whole call:
     - connect (the timeout starts again for each address that is tried)
@@ -1473,8 +1475,8 @@ def send(request: Request, *, timeout: float = DEFAULT_TIMEOUT) -> Response:
     Looking up the addresses of the host has no timeout.
 
     Raises NotSentError or UnknownOutcomeError. Raises ValueError if timeout is
-    not a number above 0 and at most 86400 (a day). A KeyboardInterrupt is
-    not converted to a BPXError. After it, the request may have been executed.
+    not a number above 0 and at most 86400 (a day). A KeyboardInterrupt
+    passes through unchanged; the request may have been executed then.
     """
     _check_timeout(timeout)
     endpoint = (os.getpid(), request.type, request.host)
@@ -1504,7 +1506,7 @@ def _decode(body: bytes) -> Any:
 
     If the body is not JSON, return its text.
     """
-    text = body.decode("utf-8-sig", "replace")  # removes a byte order mark
+    text = body.decode("utf-8-sig", "replace")  # sig: no byte order mark
     if not text:
         return None
     try:
@@ -1697,7 +1699,7 @@ def _make_parser() -> argparse.ArgumentParser:
     add("method", metavar="METHOD", type=str.upper, help="such as GET")
     add("path", metavar="PATH", help="such as /api/v1/order")
     # default=[] makes argparse treat the pairs as optional. Without it, the
-    # error for a missing PATH would also name name=text as required.
+    # error for a missing PATH would also list name=text as required.
     add(
         "pairs", metavar="name=text", nargs="*", default=[], help="a parameter"
     )
@@ -1781,7 +1783,7 @@ def _parse_json(source: str, text: Union[str, bytes]) -> Any:
 
 def _parse_pair(pair: str) -> Tuple[str, Any]:
     """Return the name and the value of name=text or name:=json."""
-    # Both forms are split at the first "=": "a:=1" gives "a:" and "1".
+    # Both forms are split at the first "=". In "a:=1", the name is first "a:".
     name, separator, text = pair.partition("=")
     is_json = name.endswith(":")
     if is_json:
