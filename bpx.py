@@ -31,7 +31,7 @@ window=5000
 This secret key is the example in the exchange's Python guide.
 
 After the constants come the errors and their helpers, and then these six
-parts. No part uses a later one.
+parts. No part uses anything from a later part.
 
 1. canonical_string returns the text that is signed.
 2. sign_request returns the headers with the signature of that text.
@@ -118,12 +118,14 @@ MAX_BODY = 16 * 1024 * 1024  # bytes of a response body
 
 # Messages about arguments hide a text of this length or more, because it could
 # be a secret key that was passed in the wrong place. A key has 43 characters
-# and a final "=", which may have been cut off. (A path that _normalize_path has
-# accepted is always shown. It has no "=", so it cannot be a whole key.)
+# and a final "=", which may have been cut off. (A path that _normalize_path
+# has accepted is always shown. It begins with "/" and has no "+" or "=", so it
+# is very unlikely to be a key.)
 _MIN_HIDDEN_LENGTH = 43
 
-# str() of a BPXError is cut to this number of characters. The reason of an
-# APIError can be longer, because code and message are cut separately.
+# str() of a BPXError is cut to this number of characters. In the reason of an
+# APIError, the code and the message are each cut to this number, so the whole
+# reason can be longer.
 _MAX_SHOWN_LENGTH = 300
 
 # The parameters of a request: None, a mapping of names to values, or (for a
@@ -354,9 +356,9 @@ def _plain_str(text: str) -> str:
 #
 # First the parameters are normalized: they are converted to dict, list, str,
 # int and bool, and every None is left out. The signed text and the request
-# that is sent are both made from the normalized values, so they agree. One
-# exception: an empty list is sent in a JSON body as [], but the signed text
-# has no pair for it.
+# that is sent are both made from the normalized values, so they agree. They
+# differ in one case: an empty list is sent in a JSON body as [], but the
+# signed text has no pair for it.
 
 _INSTRUCTION_PATTERN = re.compile("[A-Za-z0-9]+")
 
@@ -367,7 +369,10 @@ _JSON_ENCODER = json.JSONEncoder(
 
 
 def _needs_no_conversion(mapping: Dict[Any, Any]) -> bool:
-    """Return True if each name is ASCII, and each value ASCII, int or bool."""
+    """Return True if nothing in the mapping needs to be converted.
+
+    Then each name is an ASCII str, and each value an ASCII str, int or bool.
+    """
     for name, value in mapping.items():
         # type() and not isinstance(), because a subclass needs conversion.
         # Text that is not ASCII could have surrogates, so _normalize_text must
@@ -512,7 +517,7 @@ def _normalize_params(params: Any) -> List[Dict[str, Any]]:
             mapping = {} if params is None else params
             mappings = [_normalize_mapping(mapping, "params")]
     except RecursionError:
-        # RecursionError is a subclass of RuntimeError, so this comes first.
+        # This is a subclass of RuntimeError, so it must be caught first.
         raise ValueError("params: pass fewer levels of nesting") from None
     except RuntimeError as error:
         # Most mappings raise RuntimeError if another thread changes them while
@@ -973,12 +978,12 @@ class _ResponseStream(io.RawIOBase):
 
     HTTPResponse <- read buffer <- _ResponseStream <- socket
 
-    It solves two problems of the stream that a plain socket has:
-    - There, the timeout is for each read, so a slow server could make a
-      response last forever. Here, one time limit is for the whole response.
-    - There, a closed connection is the normal end, so http.client would accept
-      headers or a body that are cut off. Here, reading raises EOFError, unless
-      accept_close() was called.
+    It differs from sock.makefile() in two ways:
+    - One time limit is for the whole response. (With makefile(), the timeout
+      is for each read, so a slow server could make a response last forever.)
+    - If the server closes the connection, reading raises EOFError, unless
+      accept_close() was called. (With makefile(), that is a normal end, and
+      http.client would accept headers or a body that are cut off.)
 
     HTTPResponse closes the stream at the end of the body. This leaves the
     socket open, so that it can be used again.
@@ -1051,8 +1056,9 @@ class _RequestWriter(http.client.HTTPConnection):
     """
 
     def __init__(self, sock: Any) -> None:
-        # HTTPConnection needs a host for two things, and neither happens here:
-        # the socket is already connected, and _headers_to_send sets Host.
+        # HTTPConnection uses its host only to connect and to write the header
+        # Host. But the socket is already connected, and _headers_to_send gives
+        # the header Host. So the host does not matter.
         super().__init__("unused")
         self.sock = sock  # HTTPConnection connects only if this is None.
 
@@ -1143,9 +1149,9 @@ def _read_connect_status(sock: Any, timeout: float) -> int:
     stream = _ResponseStream(sock, timeout)
     response = _make_http_response(stream, "CONNECT")
     response.begin()  # receives the status and the headers
-    # The read buffer is discarded with the response. Nothing is lost with it:
-    # the host sends nothing until this side begins TLS, and that happens only
-    # after this function.
+    # The read buffer is discarded with the response. It holds no bytes of the
+    # host: the host sends none before TLS begins, and that is done after this
+    # function.
     return response.status
 
 
@@ -1168,9 +1174,10 @@ def _open_tunnel(
         if status != 200:
             raise OSError(f"the proxy has answered {status}")
         sock.settimeout(timeout)  # _ResponseStream has set a shorter one.
-        # If this fails, it closes the socket, and sock.close() does nothing.
         return context.wrap_socket(sock, server_hostname=url.hostname)
     except BaseException:
+        # If TLS has failed, wrap_socket has already closed the connection.
+        # Closing sock again is harmless.
         sock.close()
         raise
 
@@ -1281,11 +1288,13 @@ def _check_body_size(body: Union[bytes, bytearray]) -> None:
 def _check_header_lines(headers: http.client.HTTPMessage) -> None:
     """Raise if a header line is malformed."""
     # http.client parses headers with the parser for e-mails, which never
-    # raises. A malformed line is noted in headers.defects, or it is taken for
-    # the first line of the text of the e-mail. get_payload() returns that text
-    # (not the body of the response), which is "" for good headers. Then the
-    # headers after the line are lost, perhaps a Content-Length. (A multipart
-    # type is refused, too: that its parts are missing is noted as a defect.)
+    # raises. If a line is malformed, the parser does one of two things:
+    # - It adds an item to headers.defects.
+    # - It ends the headers there, and takes this line and all later lines for
+    #   the text of the e-mail. get_payload() returns that text, which is "" if
+    #   all headers are good. (It is never the body of the response.)
+    # In both cases, a Content-Length could be lost. (A Content-Type of
+    # multipart or message is also refused, because the parser finds no parts.)
     if headers.defects or headers.get_payload():
         raise http.client.HTTPException("a header is malformed")
 
@@ -1303,8 +1312,8 @@ def _check_length_headers(headers: http.client.HTTPMessage) -> None:
 def _has_known_end(response: http.client.HTTPResponse) -> bool:
     """Return whether the response shows where its body ends.
 
-    Otherwise, the body ends when the server closes the connection, and nothing
-    shows whether it was cut off.
+    If it does not, the body ends when the server closes the connection, and
+    nothing shows whether it was cut off.
     """
     if response.chunked:
         return True
@@ -1366,7 +1375,7 @@ def _read_body(
     """Return the decompressed body; raise an error if it cannot be read."""
     raw_body = _read_raw_body(response, stream)
     encodings = response.headers.get_all("Content-Encoding", [])
-    # Two such headers give, for example, "gzip, gzip", which is refused below.
+    # If there are two headers, they are joined ("gzip, gzip"), and refused.
     encoding = ", ".join(encodings).strip().lower()
     if encoding in ("", "identity"):
         return raw_body
@@ -1401,9 +1410,9 @@ def _is_reusable(
         # the next response.
         return False
     if response.status == 408:
-        # A server may send 408 to an idle connection. So this 408 may have
-        # been sent before the request arrived, and not in response to it. What
-        # comes next on this connection is uncertain.
+        # A server may send 408 because a connection was idle. Then this 408 is
+        # not the response to the request, and the real response could still
+        # follow, and be mistaken for the next one.
         return False
     return not response.will_close
 
@@ -1461,8 +1470,8 @@ def send(request: Request, *, timeout: float = DEFAULT_TIMEOUT) -> Response:
     """Send a request made by build_request, once; return the response.
 
     The response may have any status from 200 on. The body of a 2xx response is
-    always complete. For any other status: if the body could not be read, it is
-    empty; if the server gave no length, it may be cut off.
+    always complete. The body of any other response is empty if it could not be
+    read, and may be cut off if the server did not say how long it is.
 
     timeout is in seconds. It limits each of these steps, not the whole call:
     - connect (the timeout starts again for each address that is tried)
@@ -1506,7 +1515,9 @@ def _decode(body: bytes) -> Any:
 
     If the body is not JSON, return its text.
     """
-    text = body.decode("utf-8-sig", "replace")  # sig: no byte order mark
+    text = body.decode(
+        "utf-8-sig", "replace"
+    )  # -sig removes a byte order mark
     if not text:
         return None
     try:
@@ -1698,8 +1709,8 @@ def _make_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("method", metavar="METHOD", type=str.upper, help="such as GET")
     add("path", metavar="PATH", help="such as /api/v1/order")
-    # default=[] makes argparse treat the pairs as optional. Without it, the
-    # error for a missing PATH would also list name=text as required.
+    # Even with nargs="*", argparse lists an argument without a default as
+    # required if PATH is missing. default=[] avoids that.
     add(
         "pairs", metavar="name=text", nargs="*", default=[], help="a parameter"
     )
