@@ -118,14 +118,11 @@ MAX_BODY = 16 * 1024 * 1024  # bytes of a response body
 
 # Messages about arguments hide a text of this length or more, because it could
 # be a secret key that was passed in the wrong place. A key has 43 characters
-# and a final "=", which may have been cut off. (A path that _normalize_path
-# has accepted is always shown. It begins with "/" and has no "+" or "=", so it
-# is very unlikely to be a key.)
+# and a final "=", which may have been cut off.
 _MIN_HIDDEN_LENGTH = 43
 
-# str() of a BPXError is cut to this number of characters. In the reason of an
-# APIError, the code and the message are each cut to this number, so the whole
-# reason can be longer.
+# The maximum number of characters of three texts: str() of a BPXError, and the
+# code and the message within the reason of an APIError.
 _MAX_SHOWN_LENGTH = 300
 
 # The parameters of a request: None, a mapping of names to values, or (for a
@@ -252,8 +249,8 @@ class APIError(BPXError):
         self.outcome_unknown = status == 408 or status >= 500
         reason = _describe_response(status, self.code, self.message)
         super().__init__(request, reason)
-        # pickle rebuilds an error by APIError(*args). BPXError has set args to
-        # (request, reason), so set it to the arguments of this class.
+        # To rebuild an error, pickle calls APIError(*self.args). BPXError has
+        # set args to (request, reason), which does not fit this method.
         self.args = (request, status, body, headers)
 
 
@@ -356,9 +353,9 @@ def _plain_str(text: str) -> str:
 #
 # First the parameters are normalized: they are converted to dict, list, str,
 # int and bool, and every None is left out. The signed text and the request
-# that is sent are both made from the normalized values, so they agree. They
-# differ in one case: an empty list is sent in a JSON body as [], but the
-# signed text has no pair for it.
+# that is sent are both made from the normalized values, so they agree, with
+# one exception: an empty list is sent in a JSON body as [], but adds nothing
+# to the signed text.
 
 _INSTRUCTION_PATTERN = re.compile("[A-Za-z0-9]+")
 
@@ -371,7 +368,8 @@ _JSON_ENCODER = json.JSONEncoder(
 def _needs_no_conversion(mapping: Dict[Any, Any]) -> bool:
     """Return True if nothing in the mapping needs to be converted.
 
-    Then each name is an ASCII str, and each value an ASCII str, int or bool.
+    This means that every name is an ASCII str, and that every value is an int,
+    a bool or an ASCII str.
     """
     for name, value in mapping.items():
         # type() and not isinstance(), because a subclass needs conversion.
@@ -767,7 +765,11 @@ def _normalize_method(method: Any) -> str:
 
 
 def _normalize_path(value: Any) -> str:
-    """Return the path as a str; raise if it is not valid."""
+    """Return the path as a str; raise if it is not valid.
+
+    Messages may show a valid path, even a long one: it begins with "/" and has
+    no "+" or "=", so it is very unlikely to be a key.
+    """
     _check_str(value, "path")
     path = _plain_str(value)
     if "://" in path or path.startswith("//"):
@@ -946,13 +948,14 @@ def build_request(
 # - has no limit for the total time of a response.
 #
 # Each thread keeps one idle connection for each scheme, host and port. It
-# stays open until the thread ends, or until the next request to the same host
-# finds it too old or stale. After a failure, it is closed at once, because a
-# late response could be mistaken for the response to the next request.
+# stays open until the thread ends, or until the next request finds that it was
+# idle for MAX_IDLE, or that something has arrived on it. After a failure, it
+# is closed at once, because a late response could be mistaken for the response
+# to the next request.
 #
 # Only the socket is kept. All other objects are new for each request:
 #   sending:    request -> _RequestWriter -> socket
-#   receiving:  socket -> _ResponseStream -> HTTPResponse -> response
+#   receiving:  socket -> _ResponseStream -> read buffer -> HTTPResponse
 #
 # A server could send extra bytes after a response. They must not be mistaken
 # for the next response. Extra bytes that are already in the read buffer of the
@@ -976,13 +979,13 @@ class Response(NamedTuple):
 class _ResponseStream(io.RawIOBase):
     """The stream from which an HTTPResponse reads.
 
-    HTTPResponse <- read buffer <- _ResponseStream <- socket
+    socket -> _ResponseStream -> read buffer -> HTTPResponse
 
     It differs from sock.makefile() in two ways:
     - One time limit is for the whole response. (With makefile(), the timeout
       is for each read, so a slow server could make a response last forever.)
     - If the server closes the connection, reading raises EOFError, unless
-      accept_close() was called. (With makefile(), that is a normal end, and
+      accept_close() was called. (With makefile(), reading just ends, and
       http.client would accept headers or a body that are cut off.)
 
     HTTPResponse closes the stream at the end of the body. This leaves the
@@ -1056,9 +1059,8 @@ class _RequestWriter(http.client.HTTPConnection):
     """
 
     def __init__(self, sock: Any) -> None:
-        # HTTPConnection uses its host only to connect and to write the header
-        # Host. But the socket is already connected, and _headers_to_send gives
-        # the header Host. So the host does not matter.
+        # The host does not matter, because the socket is already connected,
+        # and _headers_to_send gives the header Host.
         super().__init__("unused")
         self.sock = sock  # HTTPConnection connects only if this is None.
 
@@ -1149,9 +1151,9 @@ def _read_connect_status(sock: Any, timeout: float) -> int:
     stream = _ResponseStream(sock, timeout)
     response = _make_http_response(stream, "CONNECT")
     response.begin()  # receives the status and the headers
-    # The read buffer is discarded with the response. It holds no bytes of the
-    # host: the host sends none before TLS begins, and that is done after this
-    # function.
+    # The response may have read ahead into its buffer, which is lost here. No
+    # bytes of TLS are lost, because in TLS the client speaks first, and this
+    # side has not begun.
     return response.status
 
 
@@ -1173,7 +1175,7 @@ def _open_tunnel(
         status = _read_connect_status(sock, timeout)
         if status != 200:
             raise OSError(f"the proxy has answered {status}")
-        sock.settimeout(timeout)  # _ResponseStream has set a shorter one.
+        sock.settimeout(timeout)  # _ResponseStream has shortened it.
         return context.wrap_socket(sock, server_hostname=url.hostname)
     except BaseException:
         # If TLS has failed, wrap_socket has already closed the connection.
@@ -1258,9 +1260,8 @@ class _IdleConnections:
         return sock
 
     def __del__(self) -> None:
-        # When a thread ends, Python deletes its _IdleConnections and so calls
-        # this method. Otherwise, Python would show a ResourceWarning for each
-        # socket.
+        # Python calls this when the thread ends. Without sock.close(), Python
+        # would show a ResourceWarning for each socket.
         for sock, _ in self._by_endpoint.values():
             sock.close()
 
@@ -1286,16 +1287,15 @@ def _check_body_size(body: Union[bytes, bytearray]) -> None:
 
 
 def _check_header_lines(headers: http.client.HTTPMessage) -> None:
-    """Raise if a header line is malformed."""
-    # http.client parses headers with the parser for e-mails, which never
-    # raises. If a line is malformed, the parser does one of two things:
-    # - It adds an item to headers.defects.
-    # - It ends the headers there, and takes this line and all later lines for
-    #   the text of the e-mail. get_payload() returns that text, which is "" if
-    #   all headers are good. (It is never the body of the response.)
-    # In both cases, a Content-Length could be lost. (A Content-Type of
-    # multipart or message is also refused, because the parser finds no parts.)
-    if headers.defects or headers.get_payload():
+    """Raise if a header line is malformed, because others may be lost then.
+
+    A Content-Type of multipart or message is refused, too.
+    """
+    # http.client uses the parser for e-mails, which never raises. It notes a
+    # malformed line in defects, or it treats this line and all lines after it
+    # as the text of the e-mail. This text is "" if all lines are good.
+    email_text = headers.get_payload()
+    if headers.defects or email_text:
         raise http.client.HTTPException("a header is malformed")
 
 
@@ -1411,8 +1411,8 @@ def _is_reusable(
         return False
     if response.status == 408:
         # A server may send 408 because a connection was idle. Then this 408 is
-        # not the response to the request, and the real response could still
-        # follow, and be mistaken for the next one.
+        # not the response to the request. The real response could still
+        # follow, and be mistaken for the response to the next request.
         return False
     return not response.will_close
 
@@ -1515,9 +1515,8 @@ def _decode(body: bytes) -> Any:
 
     If the body is not JSON, return its text.
     """
-    text = body.decode(
-        "utf-8-sig", "replace"
-    )  # -sig removes a byte order mark
+    # utf-8-sig removes a byte order mark.
+    text = body.decode("utf-8-sig", "replace")
     if not text:
         return None
     try:
@@ -1709,8 +1708,8 @@ def _make_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("method", metavar="METHOD", type=str.upper, help="such as GET")
     add("path", metavar="PATH", help="such as /api/v1/order")
-    # Even with nargs="*", argparse lists an argument without a default as
-    # required if PATH is missing. default=[] avoids that.
+    # Without default=[], the error message for a missing PATH would say that
+    # name=text is required, too.
     add(
         "pairs", metavar="name=text", nargs="*", default=[], help="a parameter"
     )
@@ -1794,7 +1793,7 @@ def _parse_json(source: str, text: Union[str, bytes]) -> Any:
 
 def _parse_pair(pair: str) -> Tuple[str, Any]:
     """Return the name and the value of name=text or name:=json."""
-    # Both forms are split at the first "=". In "a:=1", the name is first "a:".
+    # Split at the first "=". In name:=json, the name then ends with ":".
     name, separator, text = pair.partition("=")
     is_json = name.endswith(":")
     if is_json:
@@ -1802,7 +1801,7 @@ def _parse_pair(pair: str) -> Tuple[str, Any]:
     if not name or not separator:
         raise ValueError(f"pass name=text or name:=json, not {_quoted(pair)}")
     # A secret key has 43 characters and a final "=". If it is passed here by
-    # mistake, the 43 characters become the name.
+    # mistake, it is split at its "=", and the 43 characters become the name.
     if _is_long(name):
         raise ValueError("pass a shorter name; this one could be a secret key")
     if name == "BPX_SECRET_KEY":
