@@ -121,8 +121,8 @@ MAX_BODY = 16 * 1024 * 1024  # bytes of a response body
 # and a final "=", which may have been cut off.
 _MIN_HIDDEN_LENGTH = 43
 
-# The maximum number of characters of three texts: str() of a BPXError, and the
-# code and the message within the reason of an APIError.
+# Long texts in errors are cut to this number of characters: str() of a
+# BPXError, and the code and the message in the reason of an APIError.
 _MAX_SHOWN_LENGTH = 300
 
 # The parameters of a request: None, a mapping of names to values, or (for a
@@ -249,8 +249,8 @@ class APIError(BPXError):
         self.outcome_unknown = status == 408 or status >= 500
         reason = _describe_response(status, self.code, self.message)
         super().__init__(request, reason)
-        # To rebuild an error, pickle calls APIError(*self.args). BPXError has
-        # set args to (request, reason), which does not fit this method.
+        # To rebuild an error, pickle calls APIError(*self.args), so args must
+        # have the arguments of __init__. BPXError has set (request, reason).
         self.args = (request, status, body, headers)
 
 
@@ -515,7 +515,7 @@ def _normalize_params(params: Any) -> List[Dict[str, Any]]:
             mapping = {} if params is None else params
             mappings = [_normalize_mapping(mapping, "params")]
     except RecursionError:
-        # This is a subclass of RuntimeError, so it must be caught first.
+        # RecursionError is a subclass of RuntimeError, so it is caught first.
         raise ValueError("params: pass fewer levels of nesting") from None
     except RuntimeError as error:
         # Most mappings raise RuntimeError if another thread changes them while
@@ -765,11 +765,7 @@ def _normalize_method(method: Any) -> str:
 
 
 def _normalize_path(value: Any) -> str:
-    """Return the path as a str; raise if it is not valid.
-
-    Messages may show a valid path, even a long one: it begins with "/" and has
-    no "+" or "=", so it is very unlikely to be a key.
-    """
+    """Return the path as a str; raise if it is not valid."""
     _check_str(value, "path")
     path = _plain_str(value)
     if "://" in path or path.startswith("//"):
@@ -858,6 +854,8 @@ def _check_key_use(
     method: str, path: str, instruction: Optional[str], secret_key: Any
 ) -> None:
     """Raise if a signed request has no key, or a public request has a key."""
+    # The messages show the path even if it is long. It is valid, so it begins
+    # with "/" and has no "+" or "=": it is very unlikely to be a key.
     if instruction is not None and secret_key is None:
         raise ValueError(f"{method} {path} must be signed: pass secret_key")
     if instruction is None and secret_key is not None:
@@ -947,11 +945,11 @@ def build_request(
 # - follows redirects, and so could send the signature to another host,
 # - has no limit for the total time of a response.
 #
-# Each thread keeps one idle connection for each scheme, host and port. It
-# stays open until the thread ends, or until the next request finds that it was
-# idle for MAX_IDLE, or that something has arrived on it. After a failure, it
-# is closed at once, because a late response could be mistaken for the response
-# to the next request.
+# Each thread keeps one idle connection for each scheme, host and port. It is
+# closed when the thread ends, or when the next request to the same place finds
+# that it was idle for MAX_IDLE, or that something has arrived on it. After a
+# failure, a connection is never kept, because a late response could be
+# mistaken for the response to the next request.
 #
 # Only the socket is kept. All other objects are new for each request:
 #   sending:    request -> _RequestWriter -> socket
@@ -1151,9 +1149,8 @@ def _read_connect_status(sock: Any, timeout: float) -> int:
     stream = _ResponseStream(sock, timeout)
     response = _make_http_response(stream, "CONNECT")
     response.begin()  # receives the status and the headers
-    # The response may have read ahead into its buffer, which is lost here. No
-    # bytes of TLS are lost, because in TLS the client speaks first, and this
-    # side has not begun.
+    # Bytes that the response has read ahead are lost here. They cannot be
+    # bytes of TLS, because in TLS the client sends first, which is done later.
     return response.status
 
 
@@ -1178,8 +1175,7 @@ def _open_tunnel(
         sock.settimeout(timeout)  # _ResponseStream has shortened it.
         return context.wrap_socket(sock, server_hostname=url.hostname)
     except BaseException:
-        # If TLS has failed, wrap_socket has already closed the connection.
-        # Closing sock again is harmless.
+        # This is harmless if wrap_socket has already closed the connection.
         sock.close()
         raise
 
@@ -1231,8 +1227,8 @@ def _is_stale(sock: Any) -> bool:
 class _IdleConnections:
     """The idle connections of one thread, one for each endpoint.
 
-    An endpoint is (process id, scheme, HOST or HOST:PORT). The process id
-    keeps a forked child from using the connections of its parent.
+    An endpoint is (process id, scheme, HOST or HOST:PORT). The process id is
+    there so that a forked child does not use the connections of its parent.
     """
 
     def __init__(self) -> None:
@@ -1287,13 +1283,19 @@ def _check_body_size(body: Union[bytes, bytearray]) -> None:
 
 
 def _check_header_lines(headers: http.client.HTTPMessage) -> None:
-    """Raise if a header line is malformed, because others may be lost then.
+    """Raise if a header line is malformed.
 
-    A Content-Type of multipart or message is refused, too.
+    After a malformed line, http.client may lose other lines, such as a
+    Content-Length.
     """
-    # http.client uses the parser for e-mails, which never raises. It notes a
-    # malformed line in defects, or it treats this line and all lines after it
-    # as the text of the e-mail. This text is "" if all lines are good.
+    # http.client parses headers as those of an e-mail, and the parser never
+    # raises. At a malformed line, it does one of two things:
+    # - It adds an item to headers.defects.
+    # - It ends the headers there, and the rest becomes the text of the e-mail.
+    # If all lines are good, there are no defects, and the text is "".
+    #
+    # Side effect: a Content-Type of multipart or message is refused, too,
+    # because the parser expects parts in the text.
     email_text = headers.get_payload()
     if headers.defects or email_text:
         raise http.client.HTTPException("a header is malformed")
@@ -1410,9 +1412,9 @@ def _is_reusable(
         # the next response.
         return False
     if response.status == 408:
-        # A server may send 408 because a connection was idle. Then this 408 is
-        # not the response to the request. The real response could still
-        # follow, and be mistaken for the response to the next request.
+        # A server may send 408 only because the connection was idle, while the
+        # request is on its way. Then the real response could still follow, and
+        # the next request would take it for its own.
         return False
     return not response.will_close
 
@@ -1470,8 +1472,8 @@ def send(request: Request, *, timeout: float = DEFAULT_TIMEOUT) -> Response:
     """Send a request made by build_request, once; return the response.
 
     The response may have any status from 200 on. The body of a 2xx response is
-    always complete. The body of any other response is empty if it could not be
-    read, and may be cut off if the server did not say how long it is.
+    always complete. The body of any other response may be incomplete: it is
+    empty if reading failed, and may be cut off if the server gave no length.
 
     timeout is in seconds. It limits each of these steps, not the whole call:
     - connect (the timeout starts again for each address that is tried)
@@ -1646,9 +1648,10 @@ _STANDARD_ERROR = 2
 def _redirect_to_null_device(descriptor: int) -> None:
     """Make a file descriptor discard what is written to it.
 
-    Call this after a write to sys.stdout or sys.stderr has failed. Python
-    keeps the unwritten text in a buffer, and tries to write it again at exit.
-    If that fails too, Python exits with 120 instead of our status.
+    Call this after writing to sys.stdout or sys.stderr has failed. The
+    unwritten text is still in the buffer of that stream. At exit, Python
+    writes it once more to the same descriptor. If that fails, the exit status
+    becomes 120. So the descriptor is replaced, and not only sys.stdout.
     """
     with open(os.devnull, "wb") as null_device:
         os.dup2(null_device.fileno(), descriptor)
@@ -1944,7 +1947,7 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     """
     # parse_intermixed_args allows options between the parameters.
     args = _make_parser().parse_intermixed_args(argv)
-    # Each of these functions exits if it fails.
+    # Each function that is called below exits if it fails.
     params, secret_key = _read_inputs(args)
     if args.dry_run:
         text = _dry_run(args, params, secret_key)
