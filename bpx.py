@@ -946,8 +946,8 @@ def build_request(
 # - has no limit for the total time of a response.
 #
 # Each thread keeps one idle connection for each scheme, host and port. It is
-# closed when the thread ends, or when the next request to the same place finds
-# that it was idle for MAX_IDLE, or that something has arrived on it. After a
+# closed when the thread ends. The next request to the same place closes it,
+# too, if it was idle for MAX_IDLE or if something has arrived on it. After a
 # failure, a connection is never kept, because a late response could be
 # mistaken for the response to the next request.
 #
@@ -1149,8 +1149,8 @@ def _read_connect_status(sock: Any, timeout: float) -> int:
     stream = _ResponseStream(sock, timeout)
     response = _make_http_response(stream, "CONNECT")
     response.begin()  # receives the status and the headers
-    # Bytes that the response has read ahead are lost here. They cannot be
-    # bytes of TLS, because in TLS the client sends first, which is done later.
+    # Bytes that the response has read ahead are lost here. No bytes of TLS are
+    # lost: in TLS the client sends first, and _open_tunnel begins TLS later.
     return response.status
 
 
@@ -1172,6 +1172,7 @@ def _open_tunnel(
         status = _read_connect_status(sock, timeout)
         if status != 200:
             raise OSError(f"the proxy has answered {status}")
+        # (Deleting the connection and the response leaves the socket open.)
         sock.settimeout(timeout)  # _ResponseStream has shortened it.
         return context.wrap_socket(sock, server_hostname=url.hostname)
     except BaseException:
@@ -1291,11 +1292,12 @@ def _check_header_lines(headers: http.client.HTTPMessage) -> None:
     # http.client parses headers as those of an e-mail, and the parser never
     # raises. At a malformed line, it does one of two things:
     # - It adds an item to headers.defects.
-    # - It ends the headers there, and the rest becomes the text of the e-mail.
+    # - It ends the headers there. The other lines become the text of an
+    #   e-mail.
     # If all lines are good, there are no defects, and the text is "".
     #
-    # Side effect: a Content-Type of multipart or message is refused, too,
-    # because the parser expects parts in the text.
+    # Side effect: the types multipart/* and message/* are refused, too,
+    # because the parser expects parts in that text.
     email_text = headers.get_payload()
     if headers.defects or email_text:
         raise http.client.HTTPException("a header is malformed")
@@ -1412,9 +1414,9 @@ def _is_reusable(
         # the next response.
         return False
     if response.status == 408:
-        # A server may send 408 only because the connection was idle, while the
-        # request is on its way. Then the real response could still follow, and
-        # the next request would take it for its own.
+        # Perhaps the server gave up on the idle connection and sent this 408,
+        # while the request was on its way. Then the real response could still
+        # follow, and be mistaken for the response to the next request.
         return False
     return not response.will_close
 
@@ -1649,9 +1651,9 @@ def _redirect_to_null_device(descriptor: int) -> None:
     """Make a file descriptor discard what is written to it.
 
     Call this after writing to sys.stdout or sys.stderr has failed. The
-    unwritten text is still in the buffer of that stream. At exit, Python
-    writes it once more to the same descriptor. If that fails, the exit status
-    becomes 120. So the descriptor is replaced, and not only sys.stdout.
+    descriptor is replaced, and not only sys.stdout, because the unwritten text
+    is still in the buffer of the old stream. At exit, Python writes it again
+    to the descriptor. If that failed too, the exit status would become 120.
     """
     with open(os.devnull, "wb") as null_device:
         os.dup2(null_device.fileno(), descriptor)
@@ -1711,8 +1713,8 @@ def _make_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("method", metavar="METHOD", type=str.upper, help="such as GET")
     add("path", metavar="PATH", help="such as /api/v1/order")
-    # Without default=[], the error message for a missing PATH would say that
-    # name=text is required, too.
+    # argparse regards nargs="*" without a default as required. Then the error
+    # message for a missing PATH would also name name=text.
     add(
         "pairs", metavar="name=text", nargs="*", default=[], help="a parameter"
     )
