@@ -1308,7 +1308,7 @@ WHOLE = [
     ("with much surplus", [TWO + b" " * 10000], {}, 2),
     ("surplus in its TLS record", [BLOCK + b" "], {}, 2),
     ("gzip in chunks", [HEAD + PACKED + CHUNKS + b"%x\r\n" % len(ONE) + ONE + b"\r\n" + LAST], 1, 1),
-    ("GZIP", [sized(HEAD + b"Content-Encoding: GZIP \r\n", ONE)], 1, 1),
+    ("GZIP, far apart", [sized(HEAD + b"Content-Encoding: GZIP \r\n", gzip.compress(json.dumps((FAR := "".join(map(str, range(5000))) * 2)).encode()))], FAR, 1),
     ("gzip of nothing", [sized(HEAD + PACKED, gzip.compress(b""))], None, 1),
     ("nothing of gzip", [sized(HEAD + PACKED, b"")], None, 1),
     ("MAX_BODY", [sized(HEAD, FULL)], "1" * 99998, 1),
