@@ -249,8 +249,8 @@ class APIError(BPXError):
         self.outcome_unknown = status == 408 or status >= 500
         reason = _describe_response(status, self.code, self.message)
         super().__init__(request, reason)
-        # To rebuild an error, pickle calls APIError(*self.args), so args must
-        # have the arguments of __init__. BPXError has set (request, reason).
+        # pickle rebuilds an error by calling APIError(*self.args). So args
+        # must be these four arguments, and not the two that BPXError has set.
         self.args = (request, status, body, headers)
 
 
@@ -268,9 +268,8 @@ class UnknownOutcomeError(BPXError):
     order, find out whether it was executed:
     1. Until timestamp + window, the exchange may still accept the order. Wait
        until that time has passed, and some seconds more, because the clocks
-       may differ. The timestamp and the window are in
-       error.request.headers, with the names "X-timestamp" and "X-window"
-       (urllib changes the case).
+       may differ. The timestamp and the window are in error.request.headers,
+       with the names "X-timestamp" and "X-window" (urllib changes the case).
     2. Search for the clientId: GET /api/v1/order finds an open order with it,
        and GET /wapi/v1/history/orders lists filled and cancelled orders. If
        neither has it, look again later, because the history could be late.
@@ -536,7 +535,7 @@ def _name_value_pairs(mapping: Dict[str, Any]) -> List[Tuple[str, str]]:
     pairs = []
     for name in sorted(mapping):
         value = mapping[name]
-        if type(value) is str:
+        if isinstance(value, str):
             # Most values are str. It is faster not to call _value_text.
             pairs.append((name, value))
         elif isinstance(value, list):
@@ -891,8 +890,8 @@ def _make_request(
         return Request(url + _query_string(params_to_send), headers=headers)
     # If there are no params, params_to_send is {}, and the body is "{}".
     json_text = _JSON_ENCODER.encode(params_to_send)
-    all_headers = dict(headers)
-    all_headers["Content-Type"] = "application/json; charset=utf-8"
+    content_type = {"Content-Type": "application/json; charset=utf-8"}
+    all_headers = {**headers, **content_type}
     return Request(url, json_text.encode(), all_headers, method=method)
 
 
@@ -1068,10 +1067,11 @@ def _headers_to_send(request: Request) -> Dict[str, str]:
 
     http.client itself adds Content-Length.
     """
-    headers = dict(request.headers)
-    headers["Accept-Encoding"] = "gzip" if _HAS_ZLIB else "identity"
-    headers["Host"] = request.host  # A _RequestWriter does not know the host.
-    return headers
+    return {
+        **request.headers,
+        "Accept-Encoding": "gzip" if _HAS_ZLIB else "identity",
+        "Host": request.host,  # A _RequestWriter does not know the host.
+    }
 
 
 @functools.lru_cache()  # because loading certificates takes long
@@ -1098,7 +1098,7 @@ class _Proxy(NamedTuple):
 
 
 def _find_proxy(host: str) -> Optional[_Proxy]:
-    """Return the proxy for https requests to a host, or None if none is set.
+    """Return the proxy for https requests to a host, or None without one.
 
     host is HOST or HOST:PORT. The proxy comes from the environment or the
     settings of the system.
@@ -1125,7 +1125,10 @@ def _find_proxy(host: str) -> Optional[_Proxy]:
 
 
 def _open_socket(connection: http.client.HTTPConnection) -> Any:
-    """Open a connection of http.client, and return its socket."""
+    """Open a connection of http.client, and return its socket.
+
+    The socket stays open when the connection is deleted.
+    """
     connection.connect()
     return connection.sock
 
@@ -1172,7 +1175,6 @@ def _open_tunnel(
         status = _read_connect_status(sock, timeout)
         if status != 200:
             raise OSError(f"the proxy has answered {status}")
-        # (Deleting the connection and the response leaves the socket open.)
         sock.settimeout(timeout)  # _ResponseStream has shortened it.
         return context.wrap_socket(sock, server_hostname=url.hostname)
     except BaseException:
@@ -1292,8 +1294,7 @@ def _check_header_lines(headers: http.client.HTTPMessage) -> None:
     # http.client parses headers as those of an e-mail, and the parser never
     # raises. At a malformed line, it does one of two things:
     # - It adds an item to headers.defects.
-    # - It ends the headers there. The other lines become the text of an
-    #   e-mail.
+    # - It ends the headers there, and the rest is the text of the e-mail.
     # If all lines are good, there are no defects, and the text is "".
     #
     # Side effect: the types multipart/* and message/* are refused, too,
@@ -1855,7 +1856,7 @@ def _read_inputs(args: argparse.Namespace) -> Tuple[Any, Optional[str]]:
         _fail(2, _describe_error(error))
 
 
-def _describe_request(
+def _format_request(
     args: argparse.Namespace, params: Any, secret_key: Optional[str]
 ) -> str:
     """Return the request as text, with its canonical string."""
@@ -1892,7 +1893,7 @@ def _dry_run(
 ) -> str:
     """Return the request as text; exit with 2 if that fails."""
     try:
-        return _describe_request(args, params, secret_key)
+        return _format_request(args, params, secret_key)
     except KeyboardInterrupt:
         _fail(2, "interrupted (nothing was sent)")
     except Exception as error:
