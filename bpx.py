@@ -1152,9 +1152,16 @@ def _read_connect_status(sock: Any, timeout: float) -> int:
     stream = _ResponseStream(sock, timeout)
     response = _make_http_response(stream, "CONNECT")
     response.begin()  # receives the status and the headers
-    # Bytes that the response has read ahead are lost here. No bytes of TLS are
-    # lost: in TLS the client sends first, and _open_tunnel begins TLS later.
+    # The connection can be used for TLS now, because all bytes that have come
+    # are read: in TLS the client sends first, and it has not sent anything.
     return response.status
+
+
+def _host_and_port(request: Request) -> str:
+    """Return HOST:PORT of an https request."""
+    if urllib.parse.urlsplit(request.full_url).port is None:
+        return f"{request.host}:443"
+    return request.host  # already HOST:PORT
 
 
 def _open_tunnel(
@@ -1165,20 +1172,17 @@ def _open_tunnel(
     HTTPConnection.set_tunnel is not used, because it sets no limit for the
     total time of the response of the proxy.
     """
-    url = urllib.parse.urlsplit(request.full_url)
-    # request.host is HOST or HOST:PORT, and CONNECT needs a port.
-    target = request.host if url.port else f"{request.host}:443"
+    host = urllib.parse.urlsplit(request.full_url).hostname
     connection = http.client.HTTPConnection(proxy.address, timeout=timeout)
     sock = _open_socket(connection)
     try:
-        _write_connect(connection, target, proxy)
+        _write_connect(connection, _host_and_port(request), proxy)
         status = _read_connect_status(sock, timeout)
         if status != 200:
             raise OSError(f"the proxy has answered {status}")
         sock.settimeout(timeout)  # _ResponseStream has shortened it.
-        return context.wrap_socket(sock, server_hostname=url.hostname)
+        return context.wrap_socket(sock, server_hostname=host)
     except BaseException:
-        # This is harmless if wrap_socket has already closed the connection.
         sock.close()
         raise
 
@@ -1288,19 +1292,16 @@ def _check_body_size(body: Union[bytes, bytearray]) -> None:
 def _check_header_lines(headers: http.client.HTTPMessage) -> None:
     """Raise if a header line is malformed.
 
-    After a malformed line, http.client may lose other lines, such as a
-    Content-Length.
+    http.client itself does not raise then, and can lose the lines that follow.
+    In this example, it would lose the Content-Length:
+
+        Content-Type: application/json    headers["Content-Type"]
+        a line without a colon            headers.get_payload()
+        Content-Length: 20                headers.get_payload()
+
+    Lines that are malformed in other ways are in headers.defects.
     """
-    # http.client parses headers as those of an e-mail, and the parser never
-    # raises. At a malformed line, it does one of two things:
-    # - It adds an item to headers.defects.
-    # - It ends the headers there, and the rest is the text of the e-mail.
-    # If all lines are good, there are no defects, and the text is "".
-    #
-    # Side effect: the types multipart/* and message/* are refused, too,
-    # because the parser expects parts in that text.
-    email_text = headers.get_payload()
-    if headers.defects or email_text:
+    if headers.get_payload() or headers.defects:
         raise http.client.HTTPException("a header is malformed")
 
 
@@ -1415,9 +1416,8 @@ def _is_reusable(
         # the next response.
         return False
     if response.status == 408:
-        # Perhaps the server gave up on the idle connection and sent this 408,
-        # while the request was on its way. Then the real response could still
-        # follow, and be mistaken for the response to the next request.
+        # 408 means that the server has decided to close the connection, even
+        # if it does not say so with a header (RFC 9110, section 15.5.9).
         return False
     return not response.will_close
 
@@ -1651,10 +1651,9 @@ _STANDARD_ERROR = 2
 def _redirect_to_null_device(descriptor: int) -> None:
     """Make a file descriptor discard what is written to it.
 
-    Call this after writing to sys.stdout or sys.stderr has failed. The
-    descriptor is replaced, and not only sys.stdout, because the unwritten text
-    is still in the buffer of the old stream. At exit, Python writes it again
-    to the descriptor. If that failed too, the exit status would become 120.
+    Call this if printing has failed. Otherwise, Python would try to print the
+    text once more at exit, fail again, and exit with the status 120. Python's
+    documentation recommends this in "Note on SIGPIPE" (module signal).
     """
     with open(os.devnull, "wb") as null_device:
         os.dup2(null_device.fileno(), descriptor)
@@ -1714,8 +1713,7 @@ def _make_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("method", metavar="METHOD", type=str.upper, help="such as GET")
     add("path", metavar="PATH", help="such as /api/v1/order")
-    # argparse regards nargs="*" without a default as required. Then the error
-    # message for a missing PATH would also name name=text.
+    # With default=[], argparse does not say that name=text is required.
     add(
         "pairs", metavar="name=text", nargs="*", default=[], help="a parameter"
     )
