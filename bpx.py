@@ -121,15 +121,15 @@ MAX_BODY = 16 * 1024 * 1024  # bytes of a response body
 # and a final "=", which may have been cut off.
 _MIN_HIDDEN_LENGTH = 43
 
-# Long texts in errors are cut to this number of characters: str() of a
-# BPXError, and the code and the message in the reason of an APIError.
+# str() of a BPXError is cut to this number of characters. So are the code and
+# the message within the reason of an APIError.
 _MAX_SHOWN_LENGTH = 300
 
 # The parameters of a request: None, a mapping of names to values, or (for a
 # batch of orders) a list or tuple of such mappings.
 #
-# Sequence and not List, because type checkers would reject a List[Dict] where
-# a List[Mapping] is declared. At run time, only a list or tuple is accepted.
+# Type checkers accept a List[Dict] as a Sequence[Mapping], but not as a
+# List[Mapping]. At run time, a sequence must be a list or a tuple.
 Params = Union[Mapping[str, Any], Sequence[Mapping[str, Any]], None]
 
 # Every signed operation of the exchange, in the order of its documentation.
@@ -358,14 +358,15 @@ def _plain_str(text: str) -> str:
 
 _INSTRUCTION_PATTERN = re.compile("[A-Za-z0-9]+")
 
-# Encodes the JSON body and, in the signed text, a mapping that is a value.
+# Encodes the JSON body. If the value of a parameter is a mapping, this also
+# encodes it in the signed text.
 _JSON_ENCODER = json.JSONEncoder(
     ensure_ascii=False, separators=(",", ":"), sort_keys=True
 )
 
 
 def _needs_no_conversion(mapping: Dict[Any, Any]) -> bool:
-    """Return True if nothing in the mapping needs to be converted.
+    """Return True if nothing needs to be converted or checked.
 
     This means that every name is an ASCII str, and that every value is an int,
     a bool or an ASCII str.
@@ -853,13 +854,12 @@ def _check_key_use(
     method: str, path: str, instruction: Optional[str], secret_key: Any
 ) -> None:
     """Raise if a signed request has no key, or a public request has a key."""
-    # The messages show the path even if it is long. It is valid, so it begins
-    # with "/" and has no "+" or "=": it is very unlikely to be a key.
+    operation = f"{method} {_hide_long(path)}"
     if instruction is not None and secret_key is None:
-        raise ValueError(f"{method} {path} must be signed: pass secret_key")
+        raise ValueError(f"{operation} must be signed: pass secret_key")
     if instruction is None and secret_key is not None:
         raise ValueError(
-            f"{method} {path} is not a known signed operation: "
+            f"{operation} is not a known signed operation: "
             "pass instruction, or leave out secret_key"
         )
 
@@ -945,8 +945,8 @@ def build_request(
 # - has no limit for the total time of a response.
 #
 # Each thread keeps one idle connection for each scheme, host and port. It is
-# closed when the thread ends. The next request to the same place closes it,
-# too, if it was idle for MAX_IDLE or if something has arrived on it. After a
+# closed when the thread ends. If it was idle for MAX_IDLE, or if something has
+# arrived on it, the next request closes it and opens another one. After a
 # failure, a connection is never kept, because a late response could be
 # mistaken for the response to the next request.
 #
@@ -979,8 +979,9 @@ class _ResponseStream(io.RawIOBase):
     socket -> _ResponseStream -> read buffer -> HTTPResponse
 
     It differs from sock.makefile() in two ways:
-    - One time limit is for the whole response. (With makefile(), the timeout
-      is for each read, so a slow server could make a response last forever.)
+    - A single time limit covers the whole response. (With makefile(), the
+      timeout is for each read, so a slow server could make a response last
+      forever.)
     - If the server closes the connection, reading raises EOFError, unless
       accept_close() was called. (With makefile(), reading just ends, and
       http.client would accept headers or a body that are cut off.)
@@ -1125,9 +1126,9 @@ def _find_proxy(host: str) -> Optional[_Proxy]:
 
 
 def _open_socket(connection: http.client.HTTPConnection) -> Any:
-    """Open a connection of http.client, and return its socket.
+    """Connect an HTTPConnection, and return its socket.
 
-    The socket stays open when the connection is deleted.
+    The socket stays open when the HTTPConnection object is deleted.
     """
     connection.connect()
     return connection.sock
@@ -1137,7 +1138,8 @@ def _write_connect(
     connection: http.client.HTTPConnection, target: str, proxy: _Proxy
 ) -> None:
     """Send a CONNECT request for the target (HOST:PORT) to the proxy."""
-    # Without skip_host, putrequest would add the Host of the proxy.
+    # By default, putrequest sends the Host of the proxy. With skip_host, it
+    # does not, and the Host of the target is sent below.
     connection.putrequest(
         "CONNECT", target, skip_host=True, skip_accept_encoding=True
     )
@@ -1152,8 +1154,8 @@ def _read_connect_status(sock: Any, timeout: float) -> int:
     stream = _ResponseStream(sock, timeout)
     response = _make_http_response(stream, "CONNECT")
     response.begin()  # receives the status and the headers
-    # The connection can be used for TLS now, because all bytes that have come
-    # are read: in TLS the client sends first, and it has not sent anything.
+    # The read buffer is discarded here. No bytes of TLS are lost with it,
+    # because the server sends none before the client has begun TLS.
     return response.status
 
 
@@ -1226,13 +1228,16 @@ def _is_stale(sock: Any) -> bool:
             readable = selector.select(timeout=0)  # does not wait
             return len(readable) > 0
     except (OSError, ValueError):
-        # The connection cannot be checked, because too many files are open or
-        # the socket was closed elsewhere.
+        # The check was not possible: the socket was closed elsewhere, or the
+        # selector could not be opened, because too many files are open.
         return True
 
 
 class _IdleConnections:
     """The idle connections of one thread, one for each endpoint.
+
+    _ThreadLocal (below) creates this object for each thread. When the thread
+    ends, Python deletes the object.
 
     An endpoint is (process id, scheme, HOST or HOST:PORT). The process id is
     there so that a forked child does not use the connections of its parent.
@@ -1263,8 +1268,7 @@ class _IdleConnections:
         return sock
 
     def __del__(self) -> None:
-        # Python calls this when the thread ends. Without sock.close(), Python
-        # would show a ResourceWarning for each socket.
+        # Python would close the sockets, too, but with a ResourceWarning.
         for sock, _ in self._by_endpoint.values():
             sock.close()
 
@@ -1292,16 +1296,15 @@ def _check_body_size(body: Union[bytes, bytearray]) -> None:
 def _check_header_lines(headers: http.client.HTTPMessage) -> None:
     """Raise if a header line is malformed.
 
-    http.client itself does not raise then, and can lose the lines that follow.
-    In this example, it would lose the Content-Length:
-
-        Content-Type: application/json    headers["Content-Type"]
-        a line without a colon            headers.get_payload()
-        Content-Length: 20                headers.get_payload()
-
-    Lines that are malformed in other ways are in headers.defects.
+    http.client never raises for a malformed line, but it may lose the headers
+    that follow, such as a Content-Length.
     """
-    if headers.get_payload() or headers.defects:
+    # Most malformed lines are listed here, such as one without a colon.
+    if headers.defects:
+        raise http.client.HTTPException("a header is malformed")
+    # At some others, such as one with a carriage return, http.client ends the
+    # headers. The next lines are then in the payload, which is otherwise "".
+    if headers.get_payload():
         raise http.client.HTTPException("a header is malformed")
 
 
@@ -1381,7 +1384,7 @@ def _read_body(
     """Return the decompressed body; raise an error if it cannot be read."""
     raw_body = _read_raw_body(response, stream)
     encodings = response.headers.get_all("Content-Encoding", [])
-    # If there are two headers, they are joined ("gzip, gzip"), and refused.
+    # Two headers are joined: "gzip, gzip". This is not supported (see below).
     encoding = ", ".join(encodings).strip().lower()
     if encoding in ("", "identity"):
         return raw_body
@@ -1484,7 +1487,7 @@ def send(request: Request, *, timeout: float = DEFAULT_TIMEOUT) -> Response:
     - receive the response of the proxy
     - begin TLS, if the URL is https
     - send the headers
-    - send the body (over https, the timeout starts again for each 16 KB)
+    - send the body (over https, each 16 KB of it is a step)
     - receive the whole response
     Looking up the addresses of the host has no timeout.
 
@@ -1535,8 +1538,8 @@ def _decode_or_raise(built: Request, response: Response) -> Any:
     try:
         body = _decode(response.body)
     except Exception as error:  # such as MemoryError
-        # The request has been sent. request() promises that every error after
-        # sending is a BPXError, so convert this one.
+        # The request has been sent. After that, every error must be a BPXError
+        # (see the docstring of request).
         raise UnknownOutcomeError(built, _describe_error(error)) from error
     if _is_error(response.status):
         raise APIError(built, response.status, body, response.headers)
@@ -1713,7 +1716,8 @@ def _make_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("method", metavar="METHOD", type=str.upper, help="such as GET")
     add("path", metavar="PATH", help="such as /api/v1/order")
-    # With default=[], argparse does not say that name=text is required.
+    # Without default=[], the error for a missing PATH would list name=text,
+    # too, as required.
     add(
         "pairs", metavar="name=text", nargs="*", default=[], help="a parameter"
     )

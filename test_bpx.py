@@ -401,7 +401,7 @@ Accept-Encoding Content-Encoding content-length CONTENT-TYPE Host
 Transfer-Encoding X-API-KEY X-Signature X-Timestamp x-window
 """.split()),
     ({"secret_key": None}, NO_KEY.format("POST /api/v1/order")),
-    ({"path": "/p", "secret_key": None, "instruction": "a"}, NO_KEY.format("POST /p")),
+    *(({"path": path, "secret_key": None, "instruction": "a"}, NO_KEY.format(f"POST {shown}")) for path, shown in {f"/{'p' * 41}": f"/{'p' * 41}", f"/{'p' * 42}": "(a long text)"}.items()),
     *(({"path": "/p", **key}, NOT_KNOWN.format("POST /p")) for key in ({}, {"secret_key": ""})),
     ({"method": "put"}, NOT_KNOWN.format("PUT /api/v1/order")),
     ({"method": "GET", "params": [{"a": "b"}]}, "params: pass one mapping to GET, not a batch"),
