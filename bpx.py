@@ -121,15 +121,15 @@ MAX_BODY = 16 * 1024 * 1024  # bytes of a response body
 # and a final "=", which may have been cut off.
 _MIN_HIDDEN_LENGTH = 43
 
-# str() of a BPXError is cut to this number of characters. So are the code and
-# the message within the reason of an APIError.
+# str() of a BPXError is cut to this number of characters. In the reason of an
+# APIError, the code and the message are each cut to this number, too.
 _MAX_SHOWN_LENGTH = 300
 
 # The parameters of a request: None, a mapping of names to values, or (for a
 # batch of orders) a list or tuple of such mappings.
 #
-# Type checkers accept a List[Dict] as a Sequence[Mapping], but not as a
-# List[Mapping]. At run time, a sequence must be a list or a tuple.
+# The type is Sequence[Mapping], because type checkers would not accept a
+# List[Dict] as a List[Mapping]. At run time, only a list or tuple is accepted.
 Params = Union[Mapping[str, Any], Sequence[Mapping[str, Any]], None]
 
 # Every signed operation of the exchange, in the order of its documentation.
@@ -343,7 +343,8 @@ def _plain_str(text: str) -> str:
     """Return a plain str with the same characters, even for a subclass of str.
 
     str(text) would call the __str__ of the subclass, which could return
-    another text. Calling the method of str itself avoids that.
+    another text. str.__str__(text) always returns the characters of text
+    itself, as a plain str.
     """
     return str.__str__(text)
 
@@ -358,8 +359,7 @@ def _plain_str(text: str) -> str:
 
 _INSTRUCTION_PATTERN = re.compile("[A-Za-z0-9]+")
 
-# Encodes the JSON body. If the value of a parameter is a mapping, this also
-# encodes it in the signed text.
+# Encodes the JSON body, and every mapping within params for the signed text.
 _JSON_ENCODER = json.JSONEncoder(
     ensure_ascii=False, separators=(",", ":"), sort_keys=True
 )
@@ -515,7 +515,7 @@ def _normalize_params(params: Any) -> List[Dict[str, Any]]:
             mapping = {} if params is None else params
             mappings = [_normalize_mapping(mapping, "params")]
     except RecursionError:
-        # RecursionError is a subclass of RuntimeError, so it is caught first.
+        # This comes first, because RecursionError is also a RuntimeError.
         raise ValueError("params: pass fewer levels of nesting") from None
     except RuntimeError as error:
         # Most mappings raise RuntimeError if another thread changes them while
@@ -912,8 +912,8 @@ def build_request(
     GET sends params in its query, every other method in a JSON body. If
     instruction is passed, or INSTRUCTIONS has one for method and path, the
     request is signed, and secret_key is required. Otherwise it is public:
-    secret_key must be None, and timestamp and window are not used. base_url is
-    https, or http to this machine. headers are added, and are not signed.
+    secret_key must be None, and timestamp and window are not used. base_url
+    must be https, or http to this machine. The passed headers are not signed.
     Raises TypeError or ValueError for bad arguments, and ImportError if
     PyNaCl is needed and not installed.
     """
@@ -956,9 +956,9 @@ def build_request(
 #
 # A server could send extra bytes after a response. They must not be mistaken
 # for the next response. Extra bytes that are already in the read buffer of the
-# HTTPResponse are discarded with the buffer. If extra bytes are still in the
-# socket, _is_stale finds them before the next request, and the connection is
-# closed.
+# HTTPResponse are discarded with the buffer, and the connection is kept. If
+# extra bytes are still in the socket, _is_stale finds them before the next
+# request, and the connection is closed.
 
 
 class Response(NamedTuple):
@@ -986,8 +986,8 @@ class _ResponseStream(io.RawIOBase):
       accept_close() was called. (With makefile(), reading just ends, and
       http.client would accept headers or a body that are cut off.)
 
-    HTTPResponse closes the stream at the end of the body. This leaves the
-    socket open, so that it can be used again.
+    HTTPResponse closes the stream at the end of the body. Closing the stream
+    does not close the socket, so the socket can be used again.
     """
 
     def __init__(self, sock: Any, timeout: float) -> None:
@@ -1128,7 +1128,7 @@ def _find_proxy(host: str) -> Optional[_Proxy]:
 def _open_socket(connection: http.client.HTTPConnection) -> Any:
     """Connect an HTTPConnection, and return its socket.
 
-    The socket stays open when the HTTPConnection object is deleted.
+    Deleting the HTTPConnection object later does not close the socket.
     """
     connection.connect()
     return connection.sock
@@ -1171,8 +1171,8 @@ def _open_tunnel(
 ) -> Any:
     """Return a TLS socket to the host of a request, through a proxy.
 
-    HTTPConnection.set_tunnel is not used, because it sets no limit for the
-    total time of the response of the proxy.
+    HTTPConnection.set_tunnel is not used, because with it, a slow proxy could
+    make its response last forever.
     """
     host = urllib.parse.urlsplit(request.full_url).hostname
     connection = http.client.HTTPConnection(proxy.address, timeout=timeout)
@@ -1215,8 +1215,8 @@ def _is_stale(sock: Any) -> bool:
     the reason is one of these:
     - The server has closed the connection.
     - The server has sent bytes that answer no request.
-    - A TLS session ticket has come late. This is harmless, but it looks the
-      same as the others. Opening another connection only costs some time.
+    - A TLS session ticket has come after the response. This is harmless, but
+      it looks the same. Opening another connection only costs some time.
     """
     # Only a TLS socket has pending(). Such a socket may hold decrypted bytes,
     # which a selector does not see.
@@ -1284,7 +1284,7 @@ _thread_local = _ThreadLocal()
 
 
 def _is_error(status: int) -> bool:
-    """Return whether a response with this status becomes an APIError."""
+    """Return whether a response with this status is an error."""
     return status >= 300
 
 
@@ -1296,14 +1296,15 @@ def _check_body_size(body: Union[bytes, bytearray]) -> None:
 def _check_header_lines(headers: http.client.HTTPMessage) -> None:
     """Raise if a header line is malformed.
 
-    http.client never raises for a malformed line, but it may lose the headers
-    that follow, such as a Content-Length.
+    http.client does not raise in this case, but may lose the headers that
+    follow, such as a Content-Length.
     """
-    # Most malformed lines are listed here, such as one without a colon.
+    # http.client parses the headers as if they were those of an e-mail. If a
+    # line is malformed, such as one without a colon, it is listed in defects.
     if headers.defects:
         raise http.client.HTTPException("a header is malformed")
-    # At some others, such as one with a carriage return, http.client ends the
-    # headers. The next lines are then in the payload, which is otherwise "".
+    # But a line with a carriage return is not listed. http.client takes what
+    # follows for the text of the e-mail (its payload), which is otherwise "".
     if headers.get_payload():
         raise http.client.HTTPException("a header is malformed")
 
@@ -1384,7 +1385,8 @@ def _read_body(
     """Return the decompressed body; raise an error if it cannot be read."""
     raw_body = _read_raw_body(response, stream)
     encodings = response.headers.get_all("Content-Encoding", [])
-    # Two headers are joined: "gzip, gzip". This is not supported (see below).
+    # Two headers are joined, for example to "gzip, gzip", which is refused
+    # below, because it is not "gzip".
     encoding = ", ".join(encodings).strip().lower()
     if encoding in ("", "identity"):
         return raw_body
@@ -1422,6 +1424,8 @@ def _is_reusable(
         # 408 means that the server has decided to close the connection, even
         # if it does not say so with a header (RFC 9110, section 15.5.9).
         return False
+    # will_close is True if the server has said that it closes the connection,
+    # and also if the body has no known end (see _has_known_end).
     return not response.will_close
 
 
@@ -1487,7 +1491,7 @@ def send(request: Request, *, timeout: float = DEFAULT_TIMEOUT) -> Response:
     - receive the response of the proxy
     - begin TLS, if the URL is https
     - send the headers
-    - send the body (over https, each 16 KB of it is a step)
+    - send the body (over https, the timeout is for each 16 KB of it)
     - receive the whole response
     Looking up the addresses of the host has no timeout.
 
@@ -1693,7 +1697,7 @@ def _print_text(text: str, failure_status: int) -> None:
 
 
 class _ArgumentParser(argparse.ArgumentParser):
-    """A parser that reports an error in one line, and prints safely."""
+    """A parser that prints with _fail and _print_text."""
 
     def error(self, message: str) -> NoReturn:
         # One of the words could be a key.
@@ -1716,8 +1720,8 @@ def _make_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("method", metavar="METHOD", type=str.upper, help="such as GET")
     add("path", metavar="PATH", help="such as /api/v1/order")
-    # Without default=[], the error for a missing PATH would list name=text,
-    # too, as required.
+    # Without a default, argparse counts name=text as required. Then, if PATH
+    # is missing, the error says that name=text is missing, too.
     add(
         "pairs", metavar="name=text", nargs="*", default=[], help="a parameter"
     )
