@@ -121,14 +121,14 @@ MAX_BODY = 16 * 1024 * 1024  # bytes of a response body
 # and a final "=", which may have been cut off.
 _MIN_HIDDEN_LENGTH = 43
 
-# str() of a BPXError is cut to this number of characters. In the reason of an
-# APIError, the code and the message are each cut to this number, too.
+# The text of an error is cut to this number of characters. So is each text of
+# the server that it contains.
 _MAX_SHOWN_LENGTH = 300
 
 # The parameters of a request: None, a mapping of names to values, or (for a
 # batch of orders) a list or tuple of such mappings.
 #
-# The type is Sequence[Mapping], because type checkers would not accept a
+# A batch has the type Sequence[Mapping], because type checkers do not accept a
 # List[Dict] as a List[Mapping]. At run time, only a list or tuple is accepted.
 Params = Union[Mapping[str, Any], Sequence[Mapping[str, Any]], None]
 
@@ -206,7 +206,7 @@ class BPXError(Exception):
     you repeat an order, read the docstring of UnknownOutcomeError.
 
     Do not log the headers of a signed request. Until timestamp + window,
-    anyone who has them can send the request again.
+    anyone who knows them and the parameters can send the request again.
     """
 
     outcome_unknown = False
@@ -359,7 +359,7 @@ def _plain_str(text: str) -> str:
 
 _INSTRUCTION_PATTERN = re.compile("[A-Za-z0-9]+")
 
-# Encodes the JSON body, and every mapping within params for the signed text.
+# Encodes the JSON body, and in the signed text each value that is a mapping.
 _JSON_ENCODER = json.JSONEncoder(
     ensure_ascii=False, separators=(",", ":"), sort_keys=True
 )
@@ -475,8 +475,7 @@ def _normalize_decimal(value: Decimal, place: str) -> str:
     exponent = number.adjusted()
     if abs(exponent) >= 1000:
         raise ValueError(
-            f"{place}: pass an exponent from -999 to +999, "
-            f"not {_hide_long(str(number))}"
+            f"{place}: pass an exponent from -999 to +999, not {exponent:+}"
         )
     return format(number, "f")
 
@@ -955,10 +954,12 @@ def build_request(
 #   receiving:  socket -> _ResponseStream -> read buffer -> HTTPResponse
 #
 # A server could send extra bytes after a response. They must not be mistaken
-# for the next response. Extra bytes that are already in the read buffer of the
-# HTTPResponse are discarded with the buffer, and the connection is kept. If
-# extra bytes are still in the socket, _is_stale finds them before the next
-# request, and the connection is closed.
+# for the next response:
+# - If they are in the read buffer of the HTTPResponse, they are discarded with
+#   the buffer. The connection is kept.
+# - If they are still in the socket, _is_stale finds them before the next
+#   request. The connection is closed.
+# - If they come even later, nothing can tell them from the next response.
 
 
 class Response(NamedTuple):
@@ -1099,7 +1100,7 @@ class _Proxy(NamedTuple):
 
 
 def _find_proxy(host: str) -> Optional[_Proxy]:
-    """Return the proxy for https requests to a host, or None without one.
+    """Return the proxy for https requests to a host, or None if it has none.
 
     host is HOST or HOST:PORT. The proxy comes from the environment or the
     settings of the system.
@@ -1128,7 +1129,7 @@ def _find_proxy(host: str) -> Optional[_Proxy]:
 def _open_socket(connection: http.client.HTTPConnection) -> Any:
     """Connect an HTTPConnection, and return its socket.
 
-    Deleting the HTTPConnection object later does not close the socket.
+    The socket stays open when the HTTPConnection object is gone.
     """
     connection.connect()
     return connection.sock
@@ -1154,8 +1155,9 @@ def _read_connect_status(sock: Any, timeout: float) -> int:
     stream = _ResponseStream(sock, timeout)
     response = _make_http_response(stream, "CONNECT")
     response.begin()  # receives the status and the headers
-    # The read buffer is discarded here. No bytes of TLS are lost with it,
-    # because the server sends none before the client has begun TLS.
+    # The read buffer of the response is lost when this function returns. It
+    # holds no bytes of TLS: in TLS the client sends first, and that comes
+    # later.
     return response.status
 
 
@@ -1299,13 +1301,14 @@ def _check_header_lines(headers: http.client.HTTPMessage) -> None:
     http.client does not raise in this case, but may lose the headers that
     follow, such as a Content-Length.
     """
-    # http.client parses the headers as if they were those of an e-mail. If a
-    # line is malformed, such as one without a colon, it is listed in defects.
+    # http.client parses the headers like an e-mail that has no text. It lists
+    # most malformed lines in defects, such as one without a colon.
     if headers.defects:
         raise http.client.HTTPException("a header is malformed")
-    # But a line with a carriage return is not listed. http.client takes what
-    # follows for the text of the e-mail (its payload), which is otherwise "".
-    if headers.get_payload():
+    # A carriage return in the middle of a line is not listed. The parser may
+    # take what follows for the text of the e-mail, which should be empty.
+    email_text = headers.get_payload()
+    if email_text:
         raise http.client.HTTPException("a header is malformed")
 
 
@@ -1491,7 +1494,7 @@ def send(request: Request, *, timeout: float = DEFAULT_TIMEOUT) -> Response:
     - receive the response of the proxy
     - begin TLS, if the URL is https
     - send the headers
-    - send the body (over https, the timeout is for each 16 KB of it)
+    - send the body (over https, each TLS record of 16 KB of it)
     - receive the whole response
     Looking up the addresses of the host has no timeout.
 
@@ -1542,8 +1545,8 @@ def _decode_or_raise(built: Request, response: Response) -> Any:
     try:
         body = _decode(response.body)
     except Exception as error:  # such as MemoryError
-        # The request has been sent. After that, every error must be a BPXError
-        # (see the docstring of request).
+        # The request has been sent. Any other Exception would mean that it was
+        # not sent (see the docstring of request).
         raise UnknownOutcomeError(built, _describe_error(error)) from error
     if _is_error(response.status):
         raise APIError(built, response.status, body, response.headers)
@@ -1700,7 +1703,7 @@ class _ArgumentParser(argparse.ArgumentParser):
     """A parser that prints with _fail and _print_text."""
 
     def error(self, message: str) -> NoReturn:
-        # One of the words could be a key.
+        # One of the words could be a secret key.
         words = [_hide_long(word) for word in message.split()]
         _fail(2, f"{' '.join(words)}; usage: {_USAGE}")
 
@@ -1720,8 +1723,8 @@ def _make_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("method", metavar="METHOD", type=str.upper, help="such as GET")
     add("path", metavar="PATH", help="such as /api/v1/order")
-    # Without a default, argparse counts name=text as required. Then, if PATH
-    # is missing, the error says that name=text is missing, too.
+    # Without a default, argparse would count name=text as required in spite of
+    # nargs="*". If PATH is missing, its error would also name name=text.
     add(
         "pairs", metavar="name=text", nargs="*", default=[], help="a parameter"
     )
