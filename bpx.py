@@ -121,8 +121,8 @@ MAX_BODY = 16 * 1024 * 1024  # bytes of a response body
 # and a final "=", which may have been cut off.
 _MIN_HIDDEN_LENGTH = 43
 
-# The text of an error is cut to this number of characters. So is each text of
-# the server that it contains.
+# Text from the server is cut to this number of characters before it becomes a
+# part of the reason of an error. Then str() of the error is cut to it, too.
 _MAX_SHOWN_LENGTH = 300
 
 # The parameters of a request: None, a mapping of names to values, or (for a
@@ -343,8 +343,8 @@ def _plain_str(text: str) -> str:
     """Return a plain str with the same characters, even for a subclass of str.
 
     str(text) would call the __str__ of the subclass, which could return
-    another text. str.__str__(text) always returns the characters of text
-    itself, as a plain str.
+    another text than the one that was checked. str.__str__(text) always
+    returns the characters of text itself, as a plain str.
     """
     return str.__str__(text)
 
@@ -359,7 +359,7 @@ def _plain_str(text: str) -> str:
 
 _INSTRUCTION_PATTERN = re.compile("[A-Za-z0-9]+")
 
-# Encodes the JSON body, and in the signed text each value that is a mapping.
+# Used for the JSON body, and for mappings within the signed text.
 _JSON_ENCODER = json.JSONEncoder(
     ensure_ascii=False, separators=(",", ":"), sort_keys=True
 )
@@ -557,7 +557,7 @@ def _value_text(value: Any) -> str:
         return "true" if value else "false"
     if isinstance(value, int):
         return str(value)
-    # The exchange does not document how a mapping is signed, either. This
+    # The exchange does not document how a mapping is signed. This
     # implementation assumes compact JSON, because the exchange's Rust client
     # signs every value that is not a string as JSON.
     return _JSON_ENCODER.encode(value)
@@ -956,7 +956,7 @@ def build_request(
 # A server could send extra bytes after a response. They must not be mistaken
 # for the next response:
 # - If they are in the read buffer of the HTTPResponse, they are discarded with
-#   the buffer. The connection is kept.
+#   the buffer. Then the connection can be kept.
 # - If they are still in the socket, _is_stale finds them before the next
 #   request. The connection is closed.
 # - If they come even later, nothing can tell them from the next response.
@@ -984,8 +984,9 @@ class _ResponseStream(io.RawIOBase):
       timeout is for each read, so a slow server could make a response last
       forever.)
     - If the server closes the connection, reading raises EOFError, unless
-      accept_close() was called. (With makefile(), reading just ends, and
-      http.client would accept headers or a body that are cut off.)
+      accept_close() was called. (With makefile(), reading just ends. Then
+      http.client would accept headers that are cut off, and its readinto(),
+      which reads the body, would accept a body that is cut off.)
 
     HTTPResponse closes the stream at the end of the body. Closing the stream
     does not close the socket, so the socket can be used again.
@@ -1100,7 +1101,7 @@ class _Proxy(NamedTuple):
 
 
 def _find_proxy(host: str) -> Optional[_Proxy]:
-    """Return the proxy for https requests to a host, or None if it has none.
+    """Return the proxy for https requests to a host, or None for no proxy.
 
     host is HOST or HOST:PORT. The proxy comes from the environment or the
     settings of the system.
@@ -1155,9 +1156,8 @@ def _read_connect_status(sock: Any, timeout: float) -> int:
     stream = _ResponseStream(sock, timeout)
     response = _make_http_response(stream, "CONNECT")
     response.begin()  # receives the status and the headers
-    # The read buffer of the response is lost when this function returns. It
-    # holds no bytes of TLS: in TLS the client sends first, and that comes
-    # later.
+    # If the status is 200, nothing follows the headers, because in TLS the
+    # client sends first.
     return response.status
 
 
@@ -1173,8 +1173,8 @@ def _open_tunnel(
 ) -> Any:
     """Return a TLS socket to the host of a request, through a proxy.
 
-    HTTPConnection.set_tunnel is not used, because with it, a slow proxy could
-    make its response last forever.
+    HTTPConnection.set_tunnel is not used, because it would let a slow proxy
+    take forever to respond.
     """
     host = urllib.parse.urlsplit(request.full_url).hostname
     connection = http.client.HTTPConnection(proxy.address, timeout=timeout)
@@ -1299,14 +1299,16 @@ def _check_header_lines(headers: http.client.HTTPMessage) -> None:
     """Raise if a header line is malformed.
 
     http.client does not raise in this case, but may lose the headers that
-    follow, such as a Content-Length.
+    follow, such as a Content-Length. The types multipart/* and message/* are
+    refused, too; the exchange does not use them.
     """
     # http.client parses the headers like an e-mail that has no text. It lists
     # most malformed lines in defects, such as one without a colon.
     if headers.defects:
         raise http.client.HTTPException("a header is malformed")
-    # A carriage return in the middle of a line is not listed. The parser may
-    # take what follows for the text of the e-mail, which should be empty.
+    # It ends a line at each carriage return, even without a line feed. So
+    # "A: b\r\r\n" contains an empty line for it, and an empty line ends the
+    # headers. It takes the lines that follow as the text of the e-mail.
     email_text = headers.get_payload()
     if email_text:
         raise http.client.HTTPException("a header is malformed")
@@ -1494,7 +1496,7 @@ def send(request: Request, *, timeout: float = DEFAULT_TIMEOUT) -> Response:
     - receive the response of the proxy
     - begin TLS, if the URL is https
     - send the headers
-    - send the body (over https, each TLS record of 16 KB of it)
+    - send the body (over https, the timeout starts again for each 16 KB)
     - receive the whole response
     Looking up the addresses of the host has no timeout.
 
@@ -1545,8 +1547,8 @@ def _decode_or_raise(built: Request, response: Response) -> Any:
     try:
         body = _decode(response.body)
     except Exception as error:  # such as MemoryError
-        # The request has been sent. Any other Exception would mean that it was
-        # not sent (see the docstring of request).
+        # The request has been sent. From any other Exception, the caller of
+        # request() would conclude that nothing was sent.
         raise UnknownOutcomeError(built, _describe_error(error)) from error
     if _is_error(response.status):
         raise APIError(built, response.status, body, response.headers)
@@ -1723,8 +1725,6 @@ def _make_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("method", metavar="METHOD", type=str.upper, help="such as GET")
     add("path", metavar="PATH", help="such as /api/v1/order")
-    # Without a default, argparse would count name=text as required in spite of
-    # nargs="*". If PATH is missing, its error would also name name=text.
     add(
         "pairs", metavar="name=text", nargs="*", default=[], help="a parameter"
     )
