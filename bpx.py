@@ -121,8 +121,8 @@ MAX_BODY = 16 * 1024 * 1024  # bytes of a response body
 # and a final "=", which may have been cut off.
 _MIN_HIDDEN_LENGTH = 43
 
-# Text from the server is cut to this number of characters before it becomes a
-# part of the reason of an error. Then str() of the error is cut to it, too.
+# In the reason of an error, each text from the server is cut to this number of
+# characters. str() of the error is also cut to this number.
 _MAX_SHOWN_LENGTH = 300
 
 # The parameters of a request: None, a mapping of names to values, or (for a
@@ -353,9 +353,9 @@ def _plain_str(text: str) -> str:
 #
 # First the parameters are normalized: they are converted to dict, list, str,
 # int and bool, and every None is left out. The signed text and the request
-# that is sent are both made from the normalized values, so they agree, with
-# one exception: an empty list is sent in a JSON body as [], but adds nothing
-# to the signed text.
+# that is sent are both made from the normalized values, so they agree. There
+# is one exception: a parameter whose value is an empty list is sent in a JSON
+# body, but adds nothing to the signed text.
 
 _INSTRUCTION_PATTERN = re.compile("[A-Za-z0-9]+")
 
@@ -959,7 +959,7 @@ def build_request(
 #   the buffer. Then the connection can be kept.
 # - If they are still in the socket, _is_stale finds them before the next
 #   request. The connection is closed.
-# - If they come even later, nothing can tell them from the next response.
+# - If they come after that, nothing can tell them from the next response.
 
 
 class Response(NamedTuple):
@@ -985,8 +985,8 @@ class _ResponseStream(io.RawIOBase):
       forever.)
     - If the server closes the connection, reading raises EOFError, unless
       accept_close() was called. (With makefile(), reading just ends. Then
-      http.client would accept headers that are cut off, and its readinto(),
-      which reads the body, would accept a body that is cut off.)
+      HTTPResponse would accept headers that are cut off. HTTPResponse.readinto
+      would also accept a body that is cut off.)
 
     HTTPResponse closes the stream at the end of the body. Closing the stream
     does not close the socket, so the socket can be used again.
@@ -1156,8 +1156,8 @@ def _read_connect_status(sock: Any, timeout: float) -> int:
     stream = _ResponseStream(sock, timeout)
     response = _make_http_response(stream, "CONNECT")
     response.begin()  # receives the status and the headers
-    # If the status is 200, nothing follows the headers, because in TLS the
-    # client sends first.
+    # The read buffer is discarded when this function returns. No bytes of TLS
+    # are lost with it: the server sends none before the client has begun TLS.
     return response.status
 
 
@@ -1298,19 +1298,12 @@ def _check_body_size(body: Union[bytes, bytearray]) -> None:
 def _check_header_lines(headers: http.client.HTTPMessage) -> None:
     """Raise if a header line is malformed.
 
-    http.client does not raise in this case, but may lose the headers that
-    follow, such as a Content-Length. The types multipart/* and message/* are
-    refused, too; the exchange does not use them.
+    http.client uses Python's parser for e-mails, which does not raise in this
+    case. Instead, it lists the problem in headers.defects, or it takes the
+    rest of the headers as the text of the e-mail.
     """
-    # http.client parses the headers like an e-mail that has no text. It lists
-    # most malformed lines in defects, such as one without a colon.
-    if headers.defects:
-        raise http.client.HTTPException("a header is malformed")
-    # It ends a line at each carriage return, even without a line feed. So
-    # "A: b\r\r\n" contains an empty line for it, and an empty line ends the
-    # headers. It takes the lines that follow as the text of the e-mail.
-    email_text = headers.get_payload()
-    if email_text:
+    lost_headers = headers.get_payload()  # the text of the e-mail, if any
+    if headers.defects or lost_headers:
         raise http.client.HTTPException("a header is malformed")
 
 
@@ -1547,8 +1540,8 @@ def _decode_or_raise(built: Request, response: Response) -> Any:
     try:
         body = _decode(response.body)
     except Exception as error:  # such as MemoryError
-        # The request has been sent. From any other Exception, the caller of
-        # request() would conclude that nothing was sent.
+        # The request has been sent, so this must be a BPXError: any other
+        # Exception from request() means that nothing was sent.
         raise UnknownOutcomeError(built, _describe_error(error)) from error
     if _is_error(response.status):
         raise APIError(built, response.status, body, response.headers)
