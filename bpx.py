@@ -117,12 +117,12 @@ MAX_IDLE = 15.0  # seconds after which an idle connection is not used again
 MAX_BODY = 16 * 1024 * 1024  # bytes of a response body
 
 # Messages about arguments hide a text of this length or more, because it could
-# be a secret key that was passed in the wrong place. A key has 43 characters
-# and a final "=", which may have been cut off.
+# be a secret key that was passed in the wrong place. A key has 44 characters,
+# but its final "=" could be missing.
 _MIN_HIDDEN_LENGTH = 43
 
-# In the reason of an error, each text from the server is cut to this number of
-# characters. str() of the error is also cut to this number.
+# The code and the message in the reason of an APIError are each cut to this
+# number of characters. str() of every BPXError is cut to this number.
 _MAX_SHOWN_LENGTH = 300
 
 # The parameters of a request: None, a mapping of names to values, or (for a
@@ -205,8 +205,8 @@ class BPXError(Exception):
     exchange may have executed the request although there was an error. Before
     you repeat an order, read the docstring of UnknownOutcomeError.
 
-    Do not log the headers of a signed request. Until timestamp + window,
-    anyone who knows them and the parameters can send the request again.
+    Do not log the headers of a signed request: anyone who knows them and the
+    parameters can send the request again, until timestamp + window.
     """
 
     outcome_unknown = False
@@ -250,7 +250,7 @@ class APIError(BPXError):
         reason = _describe_response(status, self.code, self.message)
         super().__init__(request, reason)
         # pickle rebuilds an error by calling APIError(*self.args). So args
-        # must be these four arguments, and not the two that BPXError has set.
+        # must be these four arguments. (BPXError has set it to two others.)
         self.args = (request, status, body, headers)
 
 
@@ -342,8 +342,8 @@ def _check_str(value: Any, place: str) -> None:
 def _plain_str(text: str) -> str:
     """Return a plain str with the same characters, even for a subclass of str.
 
-    str(text) would call the __str__ of the subclass, which could return
-    another text than the one that was checked. str.__str__(text) always
+    str(text) would call the __str__ of the subclass, which could return a
+    different text from the one that was checked. str.__str__(text) always
     returns the characters of text itself, as a plain str.
     """
     return str.__str__(text)
@@ -354,8 +354,8 @@ def _plain_str(text: str) -> str:
 # First the parameters are normalized: they are converted to dict, list, str,
 # int and bool, and every None is left out. The signed text and the request
 # that is sent are both made from the normalized values, so they agree. There
-# is one exception: a parameter whose value is an empty list is sent in a JSON
-# body, but adds nothing to the signed text.
+# is one exception: if the value of a parameter is an empty list, a JSON body
+# contains the parameter, but the signed text does not.
 
 _INSTRUCTION_PATTERN = re.compile("[A-Za-z0-9]+")
 
@@ -930,8 +930,8 @@ def build_request(
     if instruction is not None:
         signed = _sign(instruction, mappings, secret_key, timestamp, window)
         all_headers.update(signed)
-    # A batch is sent as a list, even if it has only one order. If params is no
-    # batch, mappings has exactly one item.
+    # A batch is sent as a list, even if it has only one order. If params is
+    # not a batch, mappings has exactly one item.
     params_to_send: Any = mappings if is_batch else mappings[0]
     return _make_request(method, url, all_headers, params_to_send)
 
@@ -959,7 +959,7 @@ def build_request(
 #   the buffer. Then the connection can be kept.
 # - If they are still in the socket, _is_stale finds them before the next
 #   request. The connection is closed.
-# - If they come after that, nothing can tell them from the next response.
+# - If they come after the check, nothing can tell them from the next response.
 
 
 class Response(NamedTuple):
@@ -983,10 +983,14 @@ class _ResponseStream(io.RawIOBase):
     - A single time limit covers the whole response. (With makefile(), the
       timeout is for each read, so a slow server could make a response last
       forever.)
-    - If the server closes the connection, reading raises EOFError, unless
-      accept_close() was called. (With makefile(), reading just ends. Then
-      HTTPResponse would accept headers that are cut off. HTTPResponse.readinto
+    - If the server closes the connection, reading raises EOFError. As
+      HTTPResponse does not read after the end of a response, this means that
+      the response is cut off. (With makefile(), reading just ends, and
+      HTTPResponse would accept headers that are cut off. Its method readinto
       would also accept a body that is cut off.)
+
+    Call accept_close() if only the close shows where the body ends. Then
+    reading just ends, as with makefile().
 
     HTTPResponse closes the stream at the end of the body. Closing the stream
     does not close the socket, so the socket can be used again.
@@ -1068,7 +1072,8 @@ class _RequestWriter(http.client.HTTPConnection):
 def _headers_to_send(request: Request) -> Dict[str, str]:
     """Return the headers of a request, with Accept-Encoding and Host.
 
-    http.client itself adds Content-Length.
+    http.client itself adds Content-Length. It adds its own Accept-Encoding and
+    Host only if they are not in these headers.
     """
     return {
         **request.headers,
@@ -1130,7 +1135,8 @@ def _find_proxy(host: str) -> Optional[_Proxy]:
 def _open_socket(connection: http.client.HTTPConnection) -> Any:
     """Connect an HTTPConnection, and return its socket.
 
-    The socket stays open when the HTTPConnection object is gone.
+    The caller must close the socket. An HTTPConnection that is deleted does
+    not close it.
     """
     connection.connect()
     return connection.sock
@@ -1298,11 +1304,11 @@ def _check_body_size(body: Union[bytes, bytearray]) -> None:
 def _check_header_lines(headers: http.client.HTTPMessage) -> None:
     """Raise if a header line is malformed.
 
-    http.client uses Python's parser for e-mails, which does not raise in this
-    case. Instead, it lists the problem in headers.defects, or it takes the
-    rest of the headers as the text of the e-mail.
+    http.client gives the header lines to Python's e-mail parser, which never
+    raises. At a malformed line, the parser lists the problem in defects, or it
+    stops and puts the rest into the payload, which is otherwise empty.
     """
-    lost_headers = headers.get_payload()  # the text of the e-mail, if any
+    lost_headers = headers.get_payload()
     if headers.defects or lost_headers:
         raise http.client.HTTPException("a header is malformed")
 
@@ -1320,8 +1326,8 @@ def _check_length_headers(headers: http.client.HTTPMessage) -> None:
 def _has_known_end(response: http.client.HTTPResponse) -> bool:
     """Return whether the response shows where its body ends.
 
-    If it does not, the body ends when the server closes the connection, and
-    nothing shows whether it was cut off.
+    Otherwise, the body ends when the server closes the connection, and nothing
+    shows whether the body was cut off.
     """
     if response.chunked:
         return True
@@ -1337,7 +1343,9 @@ def _read_to_end(response: http.client.HTTPResponse) -> bytes:
     part = bytearray(65536)
     while True:
         size = response.readinto(part)
-        if size == 0:  # the end of the body
+        # HTTPResponse knows where the body ends, and returns 0 there. If the
+        # connection is closed before, _ResponseStream raises EOFError.
+        if size == 0:
             return bytes(body)
         body += part[:size]
         _check_body_size(body)
@@ -1489,7 +1497,8 @@ def send(request: Request, *, timeout: float = DEFAULT_TIMEOUT) -> Response:
     - receive the response of the proxy
     - begin TLS, if the URL is https
     - send the headers
-    - send the body (over https, the timeout starts again for each 16 KB)
+    - send the body (over https, the timeout starts again for each TLS
+      record of 16 KB)
     - receive the whole response
     Looking up the addresses of the host has no timeout.
 
@@ -1540,8 +1549,8 @@ def _decode_or_raise(built: Request, response: Response) -> Any:
     try:
         body = _decode(response.body)
     except Exception as error:  # such as MemoryError
-        # The request has been sent, so this must be a BPXError: any other
-        # Exception from request() means that nothing was sent.
+        # request() promises that an Exception which is not a BPXError means
+        # that nothing was sent. Here, the request was sent, so convert it.
         raise UnknownOutcomeError(built, _describe_error(error)) from error
     if _is_error(response.status):
         raise APIError(built, response.status, body, response.headers)
@@ -1679,8 +1688,8 @@ def _fail(status: int, message: str) -> NoReturn:
 def _print_text(text: str, failure_status: int) -> None:
     """Print a text; if that fails, exit with failure_status.
 
-    If standard output is a pipe, and its reader (such as head) has closed it,
-    that is not a failure.
+    It is not a failure if standard output is a pipe, and the program that
+    reads it (such as head) has closed it.
     """
     # sys.stdout is None if it was closed before Python started.
     if sys.stdout is None:
@@ -1772,8 +1781,8 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
 def _dict_of_unique_names(pairs: List[Tuple[str, Any]]) -> Dict[str, Any]:
     """Return the dict of these pairs; raise if a name is repeated.
 
-    dict(pairs) and json.loads would silently keep the last value of a
-    repeated name.
+    By default, dict and json.loads silently keep the last value of a repeated
+    name.
     """
     mapping = {}
     for name, value in pairs:
