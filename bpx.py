@@ -121,15 +121,15 @@ MAX_BODY = 16 * 1024 * 1024  # bytes of a response body
 # but its final "=" could be missing.
 _MIN_HIDDEN_LENGTH = 43
 
-# The code and the message in the reason of an APIError are each cut to this
-# number of characters. str() of every BPXError is cut to this number.
+# Long texts in errors are cut to this number of characters.
 _MAX_SHOWN_LENGTH = 300
 
 # The parameters of a request: None, a mapping of names to values, or (for a
 # batch of orders) a list or tuple of such mappings.
 #
 # A batch has the type Sequence[Mapping], because type checkers do not accept a
-# List[Dict] as a List[Mapping]. At run time, only a list or tuple is accepted.
+# List[Dict] as a List[Mapping] (List is invariant). At run time, a batch must
+# be a list or a tuple.
 Params = Union[Mapping[str, Any], Sequence[Mapping[str, Any]], None]
 
 # Every signed operation of the exchange, in the order of its documentation.
@@ -250,7 +250,8 @@ class APIError(BPXError):
         reason = _describe_response(status, self.code, self.message)
         super().__init__(request, reason)
         # pickle rebuilds an error by calling APIError(*self.args). So args
-        # must be these four arguments. (BPXError has set it to two others.)
+        # must be these four arguments. (BPXError.__init__ has set it to
+        # request and reason.)
         self.args = (request, status, body, headers)
 
 
@@ -355,7 +356,8 @@ def _plain_str(text: str) -> str:
 # int and bool, and every None is left out. The signed text and the request
 # that is sent are both made from the normalized values, so they agree. There
 # is one exception: if the value of a parameter is an empty list, a JSON body
-# contains the parameter, but the signed text does not.
+# contains the parameter, but the signed text does not (it has one pair for
+# each item of a list).
 
 _INSTRUCTION_PATTERN = re.compile("[A-Za-z0-9]+")
 
@@ -649,7 +651,7 @@ def _from_base64(text: str) -> Optional[bytes]:
     return data if _to_base64(data) == text else None
 
 
-# Cached, because loading a key takes as long as signing.
+# Cached, because loading a key takes as long as signing a request.
 @functools.lru_cache(maxsize=8)
 def _load_key(secret_key: str) -> Tuple[Any, str]:
     """Return the nacl.signing.SigningKey and the API key of a secret key."""
@@ -956,7 +958,7 @@ def build_request(
 # A server could send extra bytes after a response. They must not be mistaken
 # for the next response:
 # - If they are in the read buffer of the HTTPResponse, they are discarded with
-#   the buffer. Then the connection can be kept.
+#   the buffer, and do no harm. The connection is kept.
 # - If they are still in the socket, _is_stale finds them before the next
 #   request. The connection is closed.
 # - If they come after the check, nothing can tell them from the next response.
@@ -985,9 +987,10 @@ class _ResponseStream(io.RawIOBase):
       forever.)
     - If the server closes the connection, reading raises EOFError. As
       HTTPResponse does not read after the end of a response, this means that
-      the response is cut off. (With makefile(), reading just ends, and
-      HTTPResponse would accept headers that are cut off. Its method readinto
-      would also accept a body that is cut off.)
+      the response is cut off. (With makefile(), reading just ends. Then
+      HTTPResponse would accept headers that are cut off, and
+      HTTPResponse.readinto, which _read_to_end uses, would accept a body that
+      is cut off.)
 
     Call accept_close() if only the close shows where the body ends. Then
     reading just ends, as with makefile().
@@ -1135,8 +1138,8 @@ def _find_proxy(host: str) -> Optional[_Proxy]:
 def _open_socket(connection: http.client.HTTPConnection) -> Any:
     """Connect an HTTPConnection, and return its socket.
 
-    The caller must close the socket. An HTTPConnection that is deleted does
-    not close it.
+    The HTTPConnection is not needed any more. The socket stays open when it is
+    deleted.
     """
     connection.connect()
     return connection.sock
@@ -1305,8 +1308,9 @@ def _check_header_lines(headers: http.client.HTTPMessage) -> None:
     """Raise if a header line is malformed.
 
     http.client gives the header lines to Python's e-mail parser, which never
-    raises. At a malformed line, the parser lists the problem in defects, or it
-    stops and puts the rest into the payload, which is otherwise empty.
+    raises. At a malformed line, the parser lists the problem in
+    headers.defects, or it stops and puts the rest into the payload, which is
+    otherwise empty.
     """
     lost_headers = headers.get_payload()
     if headers.defects or lost_headers:
@@ -1343,8 +1347,9 @@ def _read_to_end(response: http.client.HTTPResponse) -> bytes:
     part = bytearray(65536)
     while True:
         size = response.readinto(part)
-        # HTTPResponse knows where the body ends, and returns 0 there. If the
-        # connection is closed before, _ResponseStream raises EOFError.
+        # 0 means the end of the body. If the connection is closed before the
+        # end, _ResponseStream raises EOFError. (After accept_close(), the
+        # close is the end.)
         if size == 0:
             return bytes(body)
         body += part[:size]
@@ -1549,8 +1554,8 @@ def _decode_or_raise(built: Request, response: Response) -> Any:
     try:
         body = _decode(response.body)
     except Exception as error:  # such as MemoryError
-        # request() promises that an Exception which is not a BPXError means
-        # that nothing was sent. Here, the request was sent, so convert it.
+        # request() promises: if it raises an Exception that is not a BPXError,
+        # nothing was sent. Here, the request was sent, so convert the error.
         raise UnknownOutcomeError(built, _describe_error(error)) from error
     if _is_error(response.status):
         raise APIError(built, response.status, body, response.headers)
