@@ -250,8 +250,8 @@ class APIError(BPXError):
         reason = _describe_response(status, self.code, self.message)
         super().__init__(request, reason)
         # pickle rebuilds an error by calling APIError(*self.args). So args
-        # must be these four arguments. (BPXError.__init__ has set it to
-        # request and reason.)
+        # must hold these four arguments. (BPXError.__init__ has put only
+        # request and reason into it.)
         self.args = (request, status, body, headers)
 
 
@@ -356,8 +356,8 @@ def _plain_str(text: str) -> str:
 # int and bool, and every None is left out. The signed text and the request
 # that is sent are both made from the normalized values, so they agree. There
 # is one exception: if the value of a parameter is an empty list, a JSON body
-# contains the parameter, but the signed text does not (it has one pair for
-# each item of a list).
+# contains the parameter, but the signed text does not, because a list is
+# signed as one pair for each item.
 
 _INSTRUCTION_PATTERN = re.compile("[A-Za-z0-9]+")
 
@@ -456,7 +456,7 @@ def _normalize_value(value: Any, place: str) -> Any:
 
 
 def _normalize_text(text: str, place: str) -> str:
-    """Return the text as a str; raise if UTF-8 cannot encode it."""
+    """Return the text as a plain str; raise if UTF-8 cannot encode it."""
     text = _plain_str(text)
     try:
         text.encode()
@@ -516,11 +516,12 @@ def _normalize_params(params: Any) -> List[Dict[str, Any]]:
             mapping = {} if params is None else params
             mappings = [_normalize_mapping(mapping, "params")]
     except RecursionError:
-        # This comes first, because RecursionError is also a RuntimeError.
+        # RecursionError is caught first, because it is a RuntimeError, too.
         raise ValueError("params: pass fewer levels of nesting") from None
     except RuntimeError as error:
         # Most mappings raise RuntimeError if another thread changes them while
-        # they are read. (This cannot happen to a plain dict, which is copied.)
+        # they are read. (For a plain dict, this cannot happen: it is copied in
+        # one step, which no other thread can interrupt.)
         raise ValueError(
             f"params: pass a copy that no other thread changes ({error})"
         ) from None
@@ -766,7 +767,7 @@ def _normalize_method(method: Any) -> str:
 
 
 def _normalize_path(value: Any) -> str:
-    """Return the path as a str; raise if it is not valid."""
+    """Return the path as a plain str; raise if it is not valid."""
     _check_str(value, "path")
     path = _plain_str(value)
     if "://" in path or path.startswith("//"):
@@ -961,7 +962,8 @@ def build_request(
 #   the buffer, and do no harm. The connection is kept.
 # - If they are still in the socket, _is_stale finds them before the next
 #   request. The connection is closed.
-# - If they come after the check, nothing can tell them from the next response.
+# - If they come after the check, they cannot be distinguished from the next
+#   response.
 
 
 class Response(NamedTuple):
@@ -985,15 +987,13 @@ class _ResponseStream(io.RawIOBase):
     - A single time limit covers the whole response. (With makefile(), the
       timeout is for each read, so a slow server could make a response last
       forever.)
-    - If the server closes the connection, reading raises EOFError. As
-      HTTPResponse does not read after the end of a response, this means that
-      the response is cut off. (With makefile(), reading just ends. Then
-      HTTPResponse would accept headers that are cut off, and
-      HTTPResponse.readinto, which _read_to_end uses, would accept a body that
-      is cut off.)
+    - If the server has closed the connection, reading raises EOFError.
+      HTTPResponse reads only while it expects more bytes, so the response is
+      cut off then. (With makefile(), reading just ends, and some methods of
+      HTTPResponse do not notice that bytes are missing.)
 
-    Call accept_close() if only the close shows where the body ends. Then
-    reading just ends, as with makefile().
+    Some responses do not show where their body ends. Then it ends when the
+    server closes the connection. Call accept_close() for such a response.
 
     HTTPResponse closes the stream at the end of the body. Closing the stream
     does not close the socket, so the socket can be used again.
@@ -1138,8 +1138,8 @@ def _find_proxy(host: str) -> Optional[_Proxy]:
 def _open_socket(connection: http.client.HTTPConnection) -> Any:
     """Connect an HTTPConnection, and return its socket.
 
-    The HTTPConnection is not needed any more. The socket stays open when it is
-    deleted.
+    The caller may drop the HTTPConnection: deleting it does not close the
+    socket.
     """
     connection.connect()
     return connection.sock
@@ -1166,7 +1166,7 @@ def _read_connect_status(sock: Any, timeout: float) -> int:
     response = _make_http_response(stream, "CONNECT")
     response.begin()  # receives the status and the headers
     # The read buffer is discarded when this function returns. No bytes of TLS
-    # are lost with it: the server sends none before the client has begun TLS.
+    # are lost with it: the other side sends none before the client begins TLS.
     return response.status
 
 
@@ -1182,8 +1182,8 @@ def _open_tunnel(
 ) -> Any:
     """Return a TLS socket to the host of a request, through a proxy.
 
-    HTTPConnection.set_tunnel is not used, because it would let a slow proxy
-    take forever to respond.
+    HTTPConnection.set_tunnel is not used, because its timeout is for each
+    read, so a slow proxy could take forever to respond.
     """
     host = urllib.parse.urlsplit(request.full_url).hostname
     connection = http.client.HTTPConnection(proxy.address, timeout=timeout)
@@ -1309,8 +1309,8 @@ def _check_header_lines(headers: http.client.HTTPMessage) -> None:
 
     http.client gives the header lines to Python's e-mail parser, which never
     raises. At a malformed line, the parser lists the problem in
-    headers.defects, or it stops and puts the rest into the payload, which is
-    otherwise empty.
+    headers.defects, or it stops and puts the remaining lines into the payload.
+    If all lines are good, both are empty.
     """
     lost_headers = headers.get_payload()
     if headers.defects or lost_headers:
@@ -1396,8 +1396,8 @@ def _read_body(
     """Return the decompressed body; raise an error if it cannot be read."""
     raw_body = _read_raw_body(response, stream)
     encodings = response.headers.get_all("Content-Encoding", [])
-    # Two headers are joined, for example to "gzip, gzip", which is refused
-    # below, because it is not "gzip".
+    # If there are several of these headers, they are joined, for example to
+    # "gzip, gzip". This is refused below, because it is not "gzip".
     encoding = ", ".join(encodings).strip().lower()
     if encoding in ("", "identity"):
         return raw_body
@@ -1490,7 +1490,7 @@ def _check_timeout(timeout: Any) -> None:
 
 
 def send(request: Request, *, timeout: float = DEFAULT_TIMEOUT) -> Response:
-    """Send a request made by build_request, once; return the response.
+    """Send once a request from build_request, and return the response.
 
     The response may have any status from 200 on. The body of a 2xx response is
     always complete. The body of any other response may be incomplete: it is
@@ -1670,9 +1670,10 @@ _STANDARD_ERROR = 2
 def _redirect_to_null_device(descriptor: int) -> None:
     """Make a file descriptor discard what is written to it.
 
-    Call this if printing has failed. Otherwise, Python would try to print the
-    text once more at exit, fail again, and exit with the status 120. Python's
-    documentation recommends this in "Note on SIGPIPE" (module signal).
+    Call this if printing has failed. The text is then still in a buffer.
+    Without this, Python would try to print it once more at exit, fail again,
+    and exit with the status 120. Python's documentation recommends this in
+    "Note on SIGPIPE" (module signal).
     """
     with open(os.devnull, "wb") as null_device:
         os.dup2(null_device.fileno(), descriptor)
@@ -1693,8 +1694,8 @@ def _fail(status: int, message: str) -> NoReturn:
 def _print_text(text: str, failure_status: int) -> None:
     """Print a text; if that fails, exit with failure_status.
 
-    It is not a failure if standard output is a pipe, and the program that
-    reads it (such as head) has closed it.
+    If the program that reads the text (such as head) has closed the pipe, that
+    is not a failure.
     """
     # sys.stdout is None if it was closed before Python started.
     if sys.stdout is None:
@@ -1786,8 +1787,7 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
 def _dict_of_unique_names(pairs: List[Tuple[str, Any]]) -> Dict[str, Any]:
     """Return the dict of these pairs; raise if a name is repeated.
 
-    By default, dict and json.loads silently keep the last value of a repeated
-    name.
+    Without this, the last value of a repeated name would be used silently.
     """
     mapping = {}
     for name, value in pairs:
