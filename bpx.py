@@ -250,8 +250,8 @@ class APIError(BPXError):
         reason = _describe_response(status, self.code, self.message)
         super().__init__(request, reason)
         # pickle rebuilds an error by calling APIError(*self.args). So args
-        # must hold these four arguments. (BPXError.__init__ has put only
-        # request and reason into it.)
+        # must hold these four arguments. (BPXError.__init__ has passed
+        # only request and reason to Exception.)
         self.args = (request, status, body, headers)
 
 
@@ -356,8 +356,8 @@ def _plain_str(text: str) -> str:
 # int and bool, and every None is left out. The signed text and the request
 # that is sent are both made from the normalized values, so they agree. There
 # is one exception: if the value of a parameter is an empty list, a JSON body
-# contains the parameter, but the signed text does not, because a list is
-# signed as one pair for each item.
+# contains the parameter, but the signed text does not. (A list is signed as
+# one pair for each item, so an empty list gives no pair.)
 
 _INSTRUCTION_PATTERN = re.compile("[A-Za-z0-9]+")
 
@@ -520,7 +520,7 @@ def _normalize_params(params: Any) -> List[Dict[str, Any]]:
         raise ValueError("params: pass fewer levels of nesting") from None
     except RuntimeError as error:
         # Most mappings raise RuntimeError if another thread changes them while
-        # they are read. (For a plain dict, this cannot happen: it is copied in
+        # they are read. (A plain dict is safe: _normalize_mapping copies it in
         # one step, which no other thread can interrupt.)
         raise ValueError(
             f"params: pass a copy that no other thread changes ({error})"
@@ -962,8 +962,8 @@ def build_request(
 #   the buffer, and do no harm. The connection is kept.
 # - If they are still in the socket, _is_stale finds them before the next
 #   request. The connection is closed.
-# - If they come after the check, they cannot be distinguished from the next
-#   response.
+# One case remains: if they come after this check, they cannot be distinguished
+# from the next response.
 
 
 class Response(NamedTuple):
@@ -983,17 +983,14 @@ class _ResponseStream(io.RawIOBase):
 
     socket -> _ResponseStream -> read buffer -> HTTPResponse
 
-    It differs from sock.makefile() in two ways:
-    - A single time limit covers the whole response. (With makefile(), the
-      timeout is for each read, so a slow server could make a response last
-      forever.)
-    - If the server has closed the connection, reading raises EOFError.
-      HTTPResponse reads only while it expects more bytes, so the response is
-      cut off then. (With makefile(), reading just ends, and some methods of
-      HTTPResponse do not notice that bytes are missing.)
+    A single time limit covers the whole response. (The timeout of a socket is
+    for each read, so a slow server could make a response last forever.)
 
-    Some responses do not show where their body ends. Then it ends when the
-    server closes the connection. Call accept_close() for such a response.
+    HTTPResponse reads only while bytes of the response are missing. If such a
+    read finds that the server has closed the connection, the response is
+    incomplete, so reading raises EOFError. There is one exception: some
+    responses do not show where their body ends, and end when the server closes
+    the connection. Call accept_close() for such a response.
 
     HTTPResponse closes the stream at the end of the body. Closing the stream
     does not close the socket, so the socket can be used again.
@@ -1166,7 +1163,7 @@ def _read_connect_status(sock: Any, timeout: float) -> int:
     response = _make_http_response(stream, "CONNECT")
     response.begin()  # receives the status and the headers
     # The read buffer is discarded when this function returns. No bytes of TLS
-    # are lost with it: the other side sends none before the client begins TLS.
+    # are lost with it: the server sends none before the client has begun TLS.
     return response.status
 
 
@@ -1307,10 +1304,10 @@ def _check_body_size(body: Union[bytes, bytearray]) -> None:
 def _check_header_lines(headers: http.client.HTTPMessage) -> None:
     """Raise if a header line is malformed.
 
-    http.client gives the header lines to Python's e-mail parser, which never
-    raises. At a malformed line, the parser lists the problem in
-    headers.defects, or it stops and puts the remaining lines into the payload.
-    If all lines are good, both are empty.
+    http.client gives only the header lines to Python's e-mail parser, which
+    never raises. At a malformed line, the parser lists the problem in
+    headers.defects, or it stops and puts the rest into the payload, which is
+    otherwise empty.
     """
     lost_headers = headers.get_payload()
     if headers.defects or lost_headers:
@@ -1318,12 +1315,12 @@ def _check_header_lines(headers: http.client.HTTPMessage) -> None:
 
 
 def _check_length_headers(headers: http.client.HTTPMessage) -> None:
-    """Raise if more than one header says how long the body is."""
+    """Raise if more than one header says where the body ends."""
     content_lengths = headers.get_all("Content-Length", [])
     transfer_encodings = headers.get_all("Transfer-Encoding", [])
     if len(content_lengths) + len(transfer_encodings) > 1:
         raise http.client.HTTPException(
-            "more than one header says how long the body is"
+            "more than one header says where the body ends"
         )
 
 
@@ -1396,8 +1393,8 @@ def _read_body(
     """Return the decompressed body; raise an error if it cannot be read."""
     raw_body = _read_raw_body(response, stream)
     encodings = response.headers.get_all("Content-Encoding", [])
-    # If there are several of these headers, they are joined, for example to
-    # "gzip, gzip". This is refused below, because it is not "gzip".
+    # If there are several of these headers, they are joined. A text such as
+    # "gzip, gzip" is refused below, because it is not "gzip".
     encoding = ", ".join(encodings).strip().lower()
     if encoding in ("", "identity"):
         return raw_body
@@ -1432,8 +1429,8 @@ def _is_reusable(
         # the next response.
         return False
     if response.status == 408:
-        # 408 means that the server has decided to close the connection, even
-        # if it does not say so with a header (RFC 9110, section 15.5.9).
+        # 408 implies that the server has decided to close the connection, even
+        # if it does not say so with a header (RFC 7231, section 6.5.7).
         return False
     # will_close is True if the server has said that it closes the connection,
     # and also if the body has no known end (see _has_known_end).
@@ -1490,7 +1487,7 @@ def _check_timeout(timeout: Any) -> None:
 
 
 def send(request: Request, *, timeout: float = DEFAULT_TIMEOUT) -> Response:
-    """Send once a request from build_request, and return the response.
+    """Send a request from build_request once, and return the response.
 
     The response may have any status from 200 on. The body of a 2xx response is
     always complete. The body of any other response may be incomplete: it is
@@ -1554,8 +1551,8 @@ def _decode_or_raise(built: Request, response: Response) -> Any:
     try:
         body = _decode(response.body)
     except Exception as error:  # such as MemoryError
-        # request() promises: if it raises an Exception that is not a BPXError,
-        # nothing was sent. Here, the request was sent, so convert the error.
+        # The function request promises: if it raises an Exception other than a
+        # BPXError, nothing was sent. Here, it was sent, so convert the error.
         raise UnknownOutcomeError(built, _describe_error(error)) from error
     if _is_error(response.status):
         raise APIError(built, response.status, body, response.headers)

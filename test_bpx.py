@@ -1252,7 +1252,7 @@ BROKEN = [
     ("no length, 299", [HEAD.replace(b"200", b"299") + b"\r\n{}", close]),
     ("length below 0", [LENGTH % -2 + b"{}", close]),
     ("length not a number", [TWO.replace(b": 2", b": two"), close]),
-    ("lengths 2 and 2", [(LENGTH % 2)[:-2] + REST], "HTTPException: more than one header says how long the body is"),
+    ("lengths 2 and 2", [(LENGTH % 2)[:-2] + REST], "HTTPException: more than one header says where the body ends"),
     ("length and chunks", [HEAD + REST[:-4] + CHUNKS + b"2\r\n{}\r\n" + LAST]),
     ("gzip, not chunked", [CHUNKED.replace(b"chunked", b"gzip") + ONE, close]),
     ("chunk not a number", [CHUNKED + b"two\r\n{}\r\n" + LAST]),
