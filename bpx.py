@@ -361,7 +361,7 @@ def _plain_str(text: str) -> str:
 
 _INSTRUCTION_PATTERN = re.compile("[A-Za-z0-9]+")
 
-# Used for the JSON body, and for mappings within the signed text.
+# Used for the JSON body, and to sign a parameter whose value is a mapping.
 _JSON_ENCODER = json.JSONEncoder(
     ensure_ascii=False, separators=(",", ":"), sort_keys=True
 )
@@ -962,8 +962,8 @@ def build_request(
 #   the buffer, and do no harm. The connection is kept.
 # - If they are still in the socket, _is_stale finds them before the next
 #   request. The connection is closed.
-# One case remains: if they come after this check, they cannot be distinguished
-# from the next response.
+# One case remains: extra bytes that come after this check cannot be
+# distinguished from the next response.
 
 
 class Response(NamedTuple):
@@ -986,10 +986,12 @@ class _ResponseStream(io.RawIOBase):
     A single time limit covers the whole response. (The timeout of a socket is
     for each read, so a slow server could make a response last forever.)
 
-    HTTPResponse reads only while bytes of the response are missing. If such a
-    read finds that the server has closed the connection, the response is
-    incomplete, so reading raises EOFError. There is one exception: some
-    responses do not show where their body ends, and end when the server closes
+    Normally, HTTPResponse knows where the response ends, from a length or from
+    chunks, and does not read beyond. So if bytes are needed, and the server
+    has closed the connection, the response is cut off. Then reading raises
+    EOFError, because HTTPResponse would not always notice it.
+
+    A response without a length and without chunks ends when the server closes
     the connection. Call accept_close() for such a response.
 
     HTTPResponse closes the stream at the end of the body. Closing the stream
@@ -1021,11 +1023,7 @@ class _ResponseStream(io.RawIOBase):
         return size
 
     def accept_close(self) -> None:
-        """From now on, treat a closed connection as the normal end.
-
-        Call this only for an error response whose length is not known: its
-        body ends when the server closes the connection.
-        """
+        """From now on, treat a closed connection as the end of the response."""
         self._is_close_accepted = True
 
 
@@ -1162,8 +1160,8 @@ def _read_connect_status(sock: Any, timeout: float) -> int:
     stream = _ResponseStream(sock, timeout)
     response = _make_http_response(stream, "CONNECT")
     response.begin()  # receives the status and the headers
-    # The read buffer is discarded when this function returns. No bytes of TLS
-    # are lost with it: the server sends none before the client has begun TLS.
+    # The read buffer of the response is discarded now. It holds no bytes of
+    # TLS, because the server sends none before the client has begun TLS.
     return response.status
 
 
@@ -1190,7 +1188,7 @@ def _open_tunnel(
         status = _read_connect_status(sock, timeout)
         if status != 200:
             raise OSError(f"the proxy has answered {status}")
-        sock.settimeout(timeout)  # _ResponseStream has shortened it.
+        sock.settimeout(timeout)  # Reading the status has shortened it.
         return context.wrap_socket(sock, server_hostname=host)
     except BaseException:
         sock.close()
@@ -1304,12 +1302,12 @@ def _check_body_size(body: Union[bytes, bytearray]) -> None:
 def _check_header_lines(headers: http.client.HTTPMessage) -> None:
     """Raise if a header line is malformed.
 
-    http.client gives only the header lines to Python's e-mail parser, which
-    never raises. At a malformed line, the parser lists the problem in
-    headers.defects, or it stops and puts the rest into the payload, which is
-    otherwise empty.
+    http.client parses the header lines as an e-mail without text, with a
+    parser that never raises. At a malformed line, the parser adds an entry to
+    headers.defects, or it takes the remaining header lines as the text of the
+    e-mail, which get_payload() returns.
     """
-    lost_headers = headers.get_payload()
+    lost_headers = headers.get_payload()  # normally empty
     if headers.defects or lost_headers:
         raise http.client.HTTPException("a header is malformed")
 
@@ -1491,7 +1489,7 @@ def send(request: Request, *, timeout: float = DEFAULT_TIMEOUT) -> Response:
 
     The response may have any status from 200 on. The body of a 2xx response is
     always complete. The body of any other response may be incomplete: it is
-    empty if reading failed, and may be cut off if the server gave no length.
+    empty if reading failed, and may be cut off if nothing shows where it ends.
 
     timeout is in seconds. It limits each of these steps, not the whole call:
     - connect (the timeout starts again for each address that is tried)
@@ -1551,8 +1549,9 @@ def _decode_or_raise(built: Request, response: Response) -> Any:
     try:
         body = _decode(response.body)
     except Exception as error:  # such as MemoryError
-        # The function request promises: if it raises an Exception other than a
-        # BPXError, nothing was sent. Here, it was sent, so convert the error.
+        # request() promises that nothing was sent if it raises an Exception
+        # that is not a BPXError. Here, the request has been sent already, so
+        # convert the error.
         raise UnknownOutcomeError(built, _describe_error(error)) from error
     if _is_error(response.status):
         raise APIError(built, response.status, body, response.headers)
