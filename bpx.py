@@ -395,7 +395,8 @@ def _normalize_mapping(mapping: object, place: str) -> Dict[str, Any]:
             f"not {type(mapping).__name__}"
         )
     if type(mapping) is dict:
-        # Use a copy, because another thread could change the caller's dict.
+        # Copy a plain dict, because another thread could change it. (Copying
+        # is one step, which no other thread can interrupt.)
         mapping = dict(mapping)
         if _needs_no_conversion(mapping):  # a shortcut, for speed
             return mapping
@@ -520,8 +521,8 @@ def _normalize_params(params: Any) -> List[Dict[str, Any]]:
         raise ValueError("params: pass fewer levels of nesting") from None
     except RuntimeError as error:
         # Most mappings raise RuntimeError if another thread changes them while
-        # they are read. (A plain dict is safe: _normalize_mapping copies it in
-        # one step, which no other thread can interrupt.)
+        # they are read. (A plain dict is safe, because _normalize_mapping
+        # copies it.)
         raise ValueError(
             f"params: pass a copy that no other thread changes ({error})"
         ) from None
@@ -983,16 +984,16 @@ class _ResponseStream(io.RawIOBase):
 
     socket -> _ResponseStream -> read buffer -> HTTPResponse
 
-    A single time limit covers the whole response. (The timeout of a socket is
-    for each read, so a slow server could make a response last forever.)
+    It differs from sock.makefile() in two ways:
+    - A single time limit covers the whole response. (With makefile(), the
+      timeout is for each read, so a slow server could make a response last
+      forever.)
+    - If the server closes the connection before the response is complete,
+      reading raises EOFError. (With makefile(), reading just ends, and
+      http.client may accept a response that is cut off.)
 
-    Normally, HTTPResponse knows where the response ends, from a length or from
-    chunks, and does not read beyond. So if bytes are needed, and the server
-    has closed the connection, the response is cut off. Then reading raises
-    EOFError, because HTTPResponse would not always notice it.
-
-    A response without a length and without chunks ends when the server closes
-    the connection. Call accept_close() for such a response.
+    If nothing shows where the body ends, it ends when the server closes the
+    connection. Call accept_close() for such a response.
 
     HTTPResponse closes the stream at the end of the body. Closing the stream
     does not close the socket, so the socket can be used again.
@@ -1023,7 +1024,7 @@ class _ResponseStream(io.RawIOBase):
         return size
 
     def accept_close(self) -> None:
-        """From now on, treat a closed connection as the end of the response."""
+        """From now on, treat a closed connection as the end of the body."""
         self._is_close_accepted = True
 
 
@@ -1470,7 +1471,7 @@ def _send_and_receive(
         writer.request(method, request.selector, request.data, headers)
         return _receive(sock, method, timeout)
     except BaseException:
-        sock.close()  # A late response must not reach the next request.
+        sock.close()  # After a failure, a connection is never kept.
         raise
 
 
