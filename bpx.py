@@ -132,8 +132,8 @@ _MAX_SHOWN_LENGTH = 300
 # be a list or a tuple.
 Params = Union[Mapping[str, Any], Sequence[Mapping[str, Any]], None]
 
-# Every signed operation of the exchange, in the order of its documentation.
-# For an operation that is missing here, pass instruction.
+# Every signed operation in the exchange's documentation, in its order. For an
+# operation that was added later, pass instruction.
 INSTRUCTIONS = {
     "GET /api/v1/account": "accountQuery",
     "PATCH /api/v1/account": "accountUpdate",
@@ -788,7 +788,7 @@ def _normalize_path(value: Any) -> str:
         )
     if not _PATH_PATTERN.fullmatch(path):
         raise ValueError(
-            "path: use only letters, digits and - . _ ~ % /, "
+            "path: use only letters, digits and -._~%/ in a path, "
             f"not {_quoted(path)}"
         )
     return path
@@ -992,8 +992,9 @@ class _ResponseStream(io.RawIOBase):
       reading raises EOFError. (With makefile(), reading just ends, and
       http.client may accept a response that is cut off.)
 
-    If nothing shows where the body ends, it ends when the server closes the
-    connection. Call accept_close() for such a response.
+    The exception is a response with neither a Content-Length nor chunks: it
+    ends when the server closes the connection. For such a response, call
+    accept_close().
 
     HTTPResponse closes the stream at the end of the body. Closing the stream
     does not close the socket, so the socket can be used again.
@@ -1034,19 +1035,22 @@ class _FakeSocket:
     makefile is the only method of a socket that HTTPResponse uses.
     """
 
-    def __init__(self, stream: _ResponseStream) -> None:
+    def __init__(self, stream: _ResponseStream, buffer_size: int) -> None:
         self._stream = stream
+        self._buffer_size = buffer_size
 
     def makefile(self, mode: str) -> io.BufferedReader:
         """Return the stream with a read buffer. (mode is always "rb".)"""
-        return io.BufferedReader(self._stream)
+        return io.BufferedReader(self._stream, self._buffer_size)
 
 
 def _make_http_response(
-    stream: _ResponseStream, method: str
+    stream: _ResponseStream,
+    method: str,
+    buffer_size: int = io.DEFAULT_BUFFER_SIZE,
 ) -> http.client.HTTPResponse:
     """Return a response that will be read from the stream."""
-    fake_socket: Any = _FakeSocket(stream)
+    fake_socket: Any = _FakeSocket(stream, buffer_size)
     # If a user sets HTTPConnection.debuglevel = 1, http.client prints each
     # request. Pass the level on, so that it prints responses, too.
     debuglevel = http.client.HTTPConnection.debuglevel
@@ -1159,10 +1163,10 @@ def _write_connect(
 def _read_connect_status(sock: Any, timeout: float) -> int:
     """Return the status of the response to a CONNECT request."""
     stream = _ResponseStream(sock, timeout)
-    response = _make_http_response(stream, "CONNECT")
+    # With a larger buffer, the response could receive bytes that come after
+    # its headers. These bytes belong to TLS.
+    response = _make_http_response(stream, "CONNECT", buffer_size=1)
     response.begin()  # receives the status and the headers
-    # The read buffer of the response is discarded now. It holds no bytes of
-    # TLS, because the server sends none before the client has begun TLS.
     return response.status
 
 
@@ -1223,7 +1227,7 @@ def _is_stale(sock: Any) -> bool:
     - The server has closed the connection.
     - The server has sent bytes that answer no request.
     - A TLS session ticket has come after the response. This is harmless, but
-      it looks the same. Opening another connection only costs some time.
+      cannot be told apart. Opening another connection only costs some time.
     """
     # Only a TLS socket has pending(). Such a socket may hold decrypted bytes,
     # which a selector does not see.
@@ -1303,12 +1307,12 @@ def _check_body_size(body: Union[bytes, bytearray]) -> None:
 def _check_header_lines(headers: http.client.HTTPMessage) -> None:
     """Raise if a header line is malformed.
 
-    http.client parses the header lines as an e-mail without text, with a
-    parser that never raises. At a malformed line, the parser adds an entry to
-    headers.defects, or it takes the remaining header lines as the text of the
-    e-mail, which get_payload() returns.
+    http.client uses Python's e-mail parser, which never raises. At a malformed
+    line, the parser does one of two things: it adds an entry to
+    headers.defects, or it stops, and headers.get_payload() returns the header
+    lines that remain.
     """
-    lost_headers = headers.get_payload()  # normally empty
+    lost_headers = headers.get_payload()  # This never has the HTTP body.
     if headers.defects or lost_headers:
         raise http.client.HTTPException("a header is malformed")
 
@@ -1326,8 +1330,8 @@ def _check_length_headers(headers: http.client.HTTPMessage) -> None:
 def _has_known_end(response: http.client.HTTPResponse) -> bool:
     """Return whether the response shows where its body ends.
 
-    Otherwise, the body ends when the server closes the connection, and nothing
-    shows whether the body was cut off.
+    If it does not, the body ends when the server closes the connection, and
+    nothing shows whether the body was cut off.
     """
     if response.chunked:
         return True
@@ -1736,7 +1740,7 @@ def _make_parser() -> argparse.ArgumentParser:
     add(
         "--json",
         help="all parameters as a JSON object, or a batch of orders as a "
-        "JSON list; - reads the JSON from standard input",
+        "JSON list; pass - to read the JSON from standard input",
     )
     add(
         "--dry-run",
@@ -1845,6 +1849,7 @@ def _read_params(args: argparse.Namespace) -> Any:
             raise ValueError("--json -: standard input is closed")
         text = sys.stdin.buffer.read()
     params = _parse_json("--json", text)
+    # None would mean that there are no parameters.
     if params is None:
         raise ValueError("--json: pass an object or a list, not null")
     return params

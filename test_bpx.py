@@ -354,7 +354,7 @@ METHOD = "method: pass a word, such as 'GET', not "
 URL_AS_PATH = "path: pass only the path of the URL, such as '/api/v1/order'; pass the scheme and host as base_url"
 QUERY_IN_PATH = "path: pass the query as params, not within "
 SLASH = "path: begin with a slash, as in '/api/v1/order', not "
-PATH = "path: use only letters, digits and - . _ ~ % /, not "
+PATH = "path: use only letters, digits and -._~%/ in a path, not "
 BASE_URL = "base_url: pass https://HOST, with a port and a path if needed"
 HTTPS = "base_url: pass https; http is allowed only for localhost, 127.0.0.1 and [::1]"
 PORT = "base_url: pass a port from 1 to 65535, not "
@@ -1197,11 +1197,11 @@ NOT_SENT = [
     ("proxy refused", TLS, "http://127.0.0.1:1", []),
     ("proxy, 302", TLS, PROXY, [b"HTTP/1.1 302 No\r\nLocation: /\r\n\r\n"], "OSError: the proxy has answered 302"),
     ("proxy, not HTTP", TLS, PROXY, [b"SSH-2.0-OpenSSH_9.6\r\n\r\n"]),
-    ("proxy, closed", TLS, PROXY, [close]),
-    ("proxy, reset", TLS, PROXY, [reset]),
+    *((f"proxy, {step.__name__}", TLS, PROXY, [step]) for step in (close, reset)),
     ("proxy, silence", TLS, PROXY, []),
     ("proxy, dripped header", TLS, PROXY, repeat_forever(HEAD, *DRIP)),
     ("proxy, silence to TLS", TLS, PROXY, [TUNNEL]),
+    ("proxy, bytes that are not TLS", TLS, PROXY, [TUNNEL + b"SSH-2"], "SSLError: .+"),
     ("proxy, dripped TLS", TLS, PROXY, repeat_forever(TUNNEL + b"\x16\3\3\x40\0\2", *DRIP)),
 ]
 # https_proxy, the address that is connected to, the Proxy-Authorization.
