@@ -249,9 +249,9 @@ class APIError(BPXError):
         self.outcome_unknown = status == 408 or status >= 500
         reason = _describe_response(status, self.code, self.message)
         super().__init__(request, reason)
-        # pickle rebuilds an error by calling APIError(*self.args). So args
-        # must hold these four arguments. (BPXError.__init__ has passed
-        # only request and reason to Exception.)
+        # BPXError.__init__ has set args to (request, reason). But pickle
+        # rebuilds an error by calling APIError(*self.args), so args must hold
+        # these four arguments.
         self.args = (request, status, body, headers)
 
 
@@ -992,9 +992,8 @@ class _ResponseStream(io.RawIOBase):
       reading raises EOFError. (With makefile(), reading just ends, and
       http.client may accept a response that is cut off.)
 
-    The exception is a response with neither a Content-Length nor chunks: it
-    ends when the server closes the connection. For such a response, call
-    accept_close().
+    Only a response with neither a Content-Length nor chunks may end by closing
+    the connection. For such a response, call accept_close().
 
     HTTPResponse closes the stream at the end of the body. Closing the stream
     does not close the socket, so the socket can be used again.
@@ -1163,8 +1162,8 @@ def _write_connect(
 def _read_connect_status(sock: Any, timeout: float) -> int:
     """Return the status of the response to a CONNECT request."""
     stream = _ResponseStream(sock, timeout)
-    # With a larger buffer, the response could receive bytes that come after
-    # its headers. These bytes belong to TLS.
+    # buffer_size=1: read byte by byte, so that nothing after the headers is
+    # taken from the socket. What follows belongs to TLS.
     response = _make_http_response(stream, "CONNECT", buffer_size=1)
     response.begin()  # receives the status and the headers
     return response.status
@@ -1185,7 +1184,8 @@ def _open_tunnel(
     HTTPConnection.set_tunnel is not used, because its timeout is for each
     read, so a slow proxy could take forever to respond.
     """
-    host = urllib.parse.urlsplit(request.full_url).hostname
+    # TLS needs the name of the host without its port.
+    server_name = urllib.parse.urlsplit(request.full_url).hostname
     connection = http.client.HTTPConnection(proxy.address, timeout=timeout)
     sock = _open_socket(connection)
     try:
@@ -1193,8 +1193,8 @@ def _open_tunnel(
         status = _read_connect_status(sock, timeout)
         if status != 200:
             raise OSError(f"the proxy has answered {status}")
-        sock.settimeout(timeout)  # Reading the status has shortened it.
-        return context.wrap_socket(sock, server_hostname=host)
+        sock.settimeout(timeout)  # _ResponseStream has set a shorter one.
+        return context.wrap_socket(sock, server_hostname=server_name)
     except BaseException:
         sock.close()
         raise
@@ -1227,7 +1227,8 @@ def _is_stale(sock: Any) -> bool:
     - The server has closed the connection.
     - The server has sent bytes that answer no request.
     - A TLS session ticket has come after the response. This is harmless, but
-      cannot be told apart. Opening another connection only costs some time.
+      cannot be told apart from the other two. Opening another connection only
+      costs some time.
     """
     # Only a TLS socket has pending(). Such a socket may hold decrypted bytes,
     # which a selector does not see.
@@ -1307,12 +1308,12 @@ def _check_body_size(body: Union[bytes, bytearray]) -> None:
 def _check_header_lines(headers: http.client.HTTPMessage) -> None:
     """Raise if a header line is malformed.
 
-    http.client uses Python's e-mail parser, which never raises. At a malformed
-    line, the parser does one of two things: it adds an entry to
-    headers.defects, or it stops, and headers.get_payload() returns the header
-    lines that remain.
+    http.client passes the header lines, never the body, to Python's e-mail
+    parser, which never raises. At a malformed line, the parser adds an entry
+    to headers.defects, or it stops there and treats the remaining header lines
+    as the body of an e-mail. get_payload() returns that body.
     """
-    lost_headers = headers.get_payload()  # This never has the HTTP body.
+    lost_headers = headers.get_payload()
     if headers.defects or lost_headers:
         raise http.client.HTTPException("a header is malformed")
 
@@ -1554,9 +1555,8 @@ def _decode_or_raise(built: Request, response: Response) -> Any:
     try:
         body = _decode(response.body)
     except Exception as error:  # such as MemoryError
-        # request() promises that nothing was sent if it raises an Exception
-        # that is not a BPXError. Here, the request has been sent already, so
-        # convert the error.
+        # The request has been sent. After that, request() raises only a
+        # BPXError (see its docstring).
         raise UnknownOutcomeError(built, _describe_error(error)) from error
     if _is_error(response.status):
         raise APIError(built, response.status, body, response.headers)
@@ -1687,7 +1687,7 @@ def _fail(status: int, message: str) -> NoReturn:
         # sys.stderr is None if it was closed before Python started.
         if sys.stderr is not None:
             print(line, file=sys.stderr, flush=True)
-    except (OSError, ValueError):  # ValueError if it was closed later
+    except (OSError, ValueError):  # ValueError if it was closed since then
         _redirect_to_null_device(_STANDARD_ERROR)
     sys.exit(status)
 
@@ -1788,7 +1788,7 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
 def _dict_of_unique_names(pairs: List[Tuple[str, Any]]) -> Dict[str, Any]:
     """Return the dict of these pairs; raise if a name is repeated.
 
-    Without this, the last value of a repeated name would be used silently.
+    By default, json.loads silently uses the last value of a repeated name.
     """
     mapping = {}
     for name, value in pairs:
@@ -1849,7 +1849,7 @@ def _read_params(args: argparse.Namespace) -> Any:
             raise ValueError("--json -: standard input is closed")
         text = sys.stdin.buffer.read()
     params = _parse_json("--json", text)
-    # None would mean that there are no parameters.
+    # build_request would take None as no parameters.
     if params is None:
         raise ValueError("--json: pass an object or a list, not null")
     return params
