@@ -127,13 +127,12 @@ _MAX_SHOWN_LENGTH = 300
 # The parameters of a request: None, a mapping of names to values, or (for a
 # batch of orders) a list or tuple of such mappings.
 #
-# A batch has the type Sequence[Mapping], because type checkers do not accept a
-# List[Dict] as a List[Mapping] (List is invariant). At run time, a batch must
-# be a list or a tuple.
+# Type checkers would not accept a List[Dict] as a List[Mapping] (because List
+# is invariant), but they accept it as a Sequence[Mapping].
 Params = Union[Mapping[str, Any], Sequence[Mapping[str, Any]], None]
 
-# Every signed operation in the exchange's documentation, in its order. For an
-# operation that was added later, pass instruction.
+# Every signed operation in the exchange's documentation, in the same order.
+# For an operation that was added later, pass instruction.
 INSTRUCTIONS = {
     "GET /api/v1/account": "accountQuery",
     "PATCH /api/v1/account": "accountUpdate",
@@ -562,8 +561,7 @@ def _value_text(value: Any) -> str:
     if isinstance(value, int):
         return str(value)
     # The exchange does not document how a mapping is signed. This
-    # implementation assumes compact JSON, because the exchange's Rust client
-    # signs every value that is not a string as JSON.
+    # implementation assumes compact JSON, like the exchange's Rust client.
     return _JSON_ENCODER.encode(value)
 
 
@@ -830,7 +828,9 @@ def _normalize_headers(headers: Any) -> Dict[str, str]:
         if not (
             isinstance(name, str) and _HEADER_NAME_PATTERN.fullmatch(name)
         ):
-            raise ValueError("headers: pass names of letters, digits and -")
+            raise ValueError(
+                "headers: pass names of letters, digits and hyphens"
+            )
         place = f"header {_hide_long(name)}"
         lower_name = _plain_str(name).lower()
         if lower_name in _RESERVED_HEADERS:
@@ -857,7 +857,7 @@ def _check_key_use(
     method: str, path: str, instruction: Optional[str], secret_key: Any
 ) -> None:
     """Raise if a signed request has no key, or a public request has a key."""
-    operation = f"{method} {_hide_long(path)}"
+    operation = f"{_hide_long(method)} {_hide_long(path)}"
     if instruction is not None and secret_key is None:
         raise ValueError(f"{operation} must be signed: pass secret_key")
     if instruction is None and secret_key is not None:
@@ -942,7 +942,7 @@ def build_request(
 
 # --- 4. Transport: sends a request once, and keeps the connection ---
 #
-# This part uses http.client, because urllib's own transport
+# This part uses http.client and not urllib.request.urlopen, because urlopen
 # - opens a new connection for each request, which takes two more round trips,
 # - follows redirects, and so could send the signature to another host,
 # - has no limit for the total time of a response.
@@ -1227,8 +1227,8 @@ def _is_stale(sock: Any) -> bool:
     - The server has closed the connection.
     - The server has sent bytes that answer no request.
     - A TLS session ticket has come after the response. This is harmless, but
-      cannot be told apart from the other two. Opening another connection only
-      costs some time.
+      cannot be distinguished from the other two. Opening another connection
+      only costs some time.
     """
     # Only a TLS socket has pending(). Such a socket may hold decrypted bytes,
     # which a selector does not see.
@@ -1308,10 +1308,11 @@ def _check_body_size(body: Union[bytes, bytearray]) -> None:
 def _check_header_lines(headers: http.client.HTTPMessage) -> None:
     """Raise if a header line is malformed.
 
-    http.client passes the header lines, never the body, to Python's e-mail
-    parser, which never raises. At a malformed line, the parser adds an entry
-    to headers.defects, or it stops there and treats the remaining header lines
-    as the body of an e-mail. get_payload() returns that body.
+    http.client parses the header lines with Python's e-mail parser, which
+    never raises. If all lines are well formed, headers.defects and
+    headers.get_payload() are both empty. At a malformed line, the parser
+    either adds a defect, or stops. If it stops, get_payload() returns the
+    lines that are left. (The body of the response is never in headers.)
     """
     lost_headers = headers.get_payload()
     if headers.defects or lost_headers:
@@ -1349,8 +1350,8 @@ def _read_to_end(response: http.client.HTTPResponse) -> bytes:
     while True:
         size = response.readinto(part)
         # 0 means the end of the body. If the connection is closed before the
-        # end, _ResponseStream raises EOFError. (After accept_close(), the
-        # close is the end.)
+        # end, _ResponseStream raises EOFError. (After accept_close(), 0
+        # also means that the connection is closed.)
         if size == 0:
             return bytes(body)
         body += part[:size]
@@ -1788,7 +1789,8 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
 def _dict_of_unique_names(pairs: List[Tuple[str, Any]]) -> Dict[str, Any]:
     """Return the dict of these pairs; raise if a name is repeated.
 
-    By default, json.loads silently uses the last value of a repeated name.
+    json.loads calls this for each object. By default, it would silently use
+    the last value of a repeated name.
     """
     mapping = {}
     for name, value in pairs:

@@ -306,8 +306,7 @@ BAD_PARAMS = [
     *(({"p": value("NaN")}, "params.p: pass a finite number, not NaN") for value in (D, LyingDecimal)),
     ({"p": D("-Infinity")}, "params.p: pass a finite number, not -Infinity"),
     *(({"p": D(text)}, "params.p" + RANGE + text[2:]) for text in "1E+999999999 0E-999999999 1E+1000 1E-1000".split()),
-    ({"p": LyingDecimal("1E+1000")}, "params.p" + RANGE + "+1000"),
-    ({"p": D("9" * 1001)}, "params.p" + RANGE + "+1000"),
+    *(({"p": value}, "params.p" + RANGE + "+1000") for value in (LyingDecimal("1E+1000"), D("9" * 1001))),
     (TwoParams(), "params: pass each name only once"),
     ({"p": TwoParams()}, "params.p: pass each name only once"),
     ({"p": "\ud800"}, "params.p" + UTF_8),
@@ -358,7 +357,7 @@ PATH = "path: use only letters, digits and -._~%/ in a path, not "
 BASE_URL = "base_url: pass https://HOST, with a port and a path if needed"
 HTTPS = "base_url: pass https; http is allowed only for localhost, 127.0.0.1 and [::1]"
 PORT = "base_url: pass a port from 1 to 65535, not "
-HEADER_NAMES = "headers: pass names of letters, digits and -"
+HEADER_NAMES = "headers: pass names of letters, digits and hyphens"
 RESERVED = "header {}: leave it out, because it is reserved"
 HEADER_TEXT = "header X-A: pass printable ASCII text"
 IN_QUERY = ": pass a single value or a list, not a mapping, because GET sends it in a query"
@@ -402,6 +401,7 @@ Transfer-Encoding X-API-KEY X-Signature X-Timestamp x-window
 """.split()),
     ({"secret_key": None}, NO_KEY.format("POST /api/v1/order")),
     *(({"path": path, "secret_key": None, "instruction": "a"}, NO_KEY.format(f"POST {shown}")) for path, shown in {f"/{'p' * 41}": f"/{'p' * 41}", f"/{'p' * 42}": "(a long text)"}.items()),
+    *(({"method": "M" * length, "secret_key": None, "instruction": "a"}, NO_KEY.format(f"{shown} /api/v1/order")) for length, shown in ((42, "M" * 42), (43, "(a long text)"))),
     *(({"path": "/p", **key}, NOT_KNOWN.format("POST /p")) for key in ({}, {"secret_key": ""})),
     ({"method": "put"}, NOT_KNOWN.format("PUT /api/v1/order")),
     ({"method": "GET", "params": [{"a": "b"}]}, "params: pass one mapping to GET, not a batch"),
