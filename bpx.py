@@ -132,7 +132,7 @@ _MAX_SHOWN_LENGTH = 300
 Params = Union[Mapping[str, Any], Sequence[Mapping[str, Any]], None]
 
 # Every signed operation in the exchange's documentation, in the same order.
-# For an operation that was added later, pass instruction.
+# For an operation that was added later, pass the argument instruction.
 INSTRUCTIONS = {
     "GET /api/v1/account": "accountQuery",
     "PATCH /api/v1/account": "accountUpdate",
@@ -353,8 +353,8 @@ def _plain_str(text: str) -> str:
 #
 # First the parameters are normalized: they are converted to dict, list, str,
 # int and bool, and every None is left out. The signed text and the request
-# that is sent are both made from the normalized values, so they agree. There
-# is one exception: if the value of a parameter is an empty list, a JSON body
+# that is sent are both made from the normalized values, so they agree. They
+# differ in one case: if the value of a parameter is an empty list, a JSON body
 # contains the parameter, but the signed text does not. (A list is signed as
 # one pair for each item, so an empty list gives no pair.)
 
@@ -437,7 +437,7 @@ def _normalize_value(value: Any, place: str) -> Any:
     if isinstance(value, str):
         return _normalize_text(value, place)
     if isinstance(value, int):
-        return int.__int__(value)  # a plain int, even from a subclass
+        return int.__int__(value)  # a plain int (see _plain_str)
     if isinstance(value, Decimal):
         return _normalize_decimal(value, place)
     if isinstance(value, (list, tuple)):
@@ -468,7 +468,7 @@ def _normalize_text(text: str, place: str) -> str:
 
 
 def _normalize_decimal(value: Decimal, place: str) -> str:
-    """Return a Decimal in plain notation: 0.00000001 and not 1E-8."""
+    """Return the text of a Decimal: 0.00000001 and not 1E-8."""
     number = Decimal(value)  # a plain Decimal, even from a subclass
     if not number.is_finite():
         raise ValueError(f"{place}: pass a finite number, not {number}")
@@ -992,8 +992,8 @@ class _ResponseStream(io.RawIOBase):
       reading raises EOFError. (With makefile(), reading just ends, and
       http.client may accept a response that is cut off.)
 
-    Only a response with neither a Content-Length nor chunks may end by closing
-    the connection. For such a response, call accept_close().
+    If a response has neither a Content-Length nor chunks, the server ends it
+    by closing the connection. To receive such a response, call accept_close().
 
     HTTPResponse closes the stream at the end of the body. Closing the stream
     does not close the socket, so the socket can be used again.
@@ -1074,8 +1074,9 @@ class _RequestWriter(http.client.HTTPConnection):
 def _headers_to_send(request: Request) -> Dict[str, str]:
     """Return the headers of a request, with Accept-Encoding and Host.
 
-    http.client itself adds Content-Length. It adds its own Accept-Encoding and
-    Host only if they are not in these headers.
+    request.headers has neither of these two, because callers of build_request
+    must not set them. http.client adds Content-Length. It adds its own
+    Accept-Encoding and Host only if it gets none.
     """
     return {
         **request.headers,
@@ -1308,11 +1309,10 @@ def _check_body_size(body: Union[bytes, bytearray]) -> None:
 def _check_header_lines(headers: http.client.HTTPMessage) -> None:
     """Raise if a header line is malformed.
 
-    http.client parses the header lines with Python's e-mail parser, which
-    never raises. If all lines are well formed, headers.defects and
-    headers.get_payload() are both empty. At a malformed line, the parser
-    either adds a defect, or stops. If it stops, get_payload() returns the
-    lines that are left. (The body of the response is never in headers.)
+    http.client gives only the header lines to Python's e-mail parser, and
+    never the body of the response. The parser does not raise at a malformed
+    line. It records a defect, or it takes this line and all later ones as the
+    body of an e-mail, which get_payload() returns. So both must be empty.
     """
     lost_headers = headers.get_payload()
     if headers.defects or lost_headers:
@@ -1350,8 +1350,8 @@ def _read_to_end(response: http.client.HTTPResponse) -> bytes:
     while True:
         size = response.readinto(part)
         # 0 means the end of the body. If the connection is closed before the
-        # end, _ResponseStream raises EOFError. (After accept_close(), 0
-        # also means that the connection is closed.)
+        # end, _ResponseStream raises EOFError. (After accept_close(),
+        # a closed connection is the end of the body.)
         if size == 0:
             return bytes(body)
         body += part[:size]
@@ -1510,8 +1510,8 @@ def send(request: Request, *, timeout: float = DEFAULT_TIMEOUT) -> Response:
     Looking up the addresses of the host has no timeout.
 
     Raises NotSentError or UnknownOutcomeError. Raises ValueError if timeout is
-    not a number above 0 and at most 86400 (a day). A KeyboardInterrupt
-    passes through unchanged; the request may have been executed then.
+    not a number above 0 and at most 86400 (a day). After a
+    KeyboardInterrupt, the request may have been executed.
     """
     _check_timeout(timeout)
     endpoint = (os.getpid(), request.type, request.host)
@@ -1673,7 +1673,7 @@ def _redirect_to_null_device(descriptor: int) -> None:
     """Make a file descriptor discard what is written to it.
 
     Call this if printing has failed. The text is then still in a buffer.
-    Without this, Python would try to print it once more at exit, fail again,
+    Without this call, Python would try to print it once more at exit, fail again,
     and exit with the status 120. Python's documentation recommends this in
     "Note on SIGPIPE" (module signal).
     """
@@ -1688,7 +1688,7 @@ def _fail(status: int, message: str) -> NoReturn:
         # sys.stderr is None if it was closed before Python started.
         if sys.stderr is not None:
             print(line, file=sys.stderr, flush=True)
-    except (OSError, ValueError):  # ValueError if it was closed since then
+    except (OSError, ValueError):  # ValueError if closed after the start
         _redirect_to_null_device(_STANDARD_ERROR)
     sys.exit(status)
 
@@ -1789,8 +1789,8 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
 def _dict_of_unique_names(pairs: List[Tuple[str, Any]]) -> Dict[str, Any]:
     """Return the dict of these pairs; raise if a name is repeated.
 
-    json.loads calls this for each object. By default, it would silently use
-    the last value of a repeated name.
+    json.loads is told to call this for each object. By default, it would
+    silently use the last value of a repeated name.
     """
     mapping = {}
     for name, value in pairs:
