@@ -127,12 +127,12 @@ _MAX_SHOWN_LENGTH = 300
 # The parameters of a request: None, a mapping of names to values, or (for a
 # batch of orders) a list or tuple of such mappings.
 #
-# Type checkers would not accept a List[Dict] as a List[Mapping] (because List
-# is invariant), but they accept it as a Sequence[Mapping].
+# The type is Sequence and not List, because type checkers would not accept a
+# List[Dict] as a List[Mapping] (List is invariant).
 Params = Union[Mapping[str, Any], Sequence[Mapping[str, Any]], None]
 
 # Every signed operation in the exchange's documentation, in the same order.
-# For an operation that was added later, pass the argument instruction.
+# For an operation that is not in this table, pass the argument instruction.
 INSTRUCTIONS = {
     "GET /api/v1/account": "accountQuery",
     "PATCH /api/v1/account": "accountUpdate",
@@ -353,8 +353,8 @@ def _plain_str(text: str) -> str:
 #
 # First the parameters are normalized: they are converted to dict, list, str,
 # int and bool, and every None is left out. The signed text and the request
-# that is sent are both made from the normalized values, so they agree. They
-# differ in one case: if the value of a parameter is an empty list, a JSON body
+# that is sent are both made from the normalized values, so they agree, except
+# in one case: if the value of a parameter is an empty list, a JSON body
 # contains the parameter, but the signed text does not. (A list is signed as
 # one pair for each item, so an empty list gives no pair.)
 
@@ -1074,9 +1074,9 @@ class _RequestWriter(http.client.HTTPConnection):
 def _headers_to_send(request: Request) -> Dict[str, str]:
     """Return the headers of a request, with Accept-Encoding and Host.
 
-    request.headers has neither of these two, because callers of build_request
-    must not set them. http.client adds Content-Length. It adds its own
-    Accept-Encoding and Host only if it gets none.
+    request.headers has neither of these two, because build_request refuses
+    them, so none is sent twice. http.client adds Content-Length. It would also
+    add its own Accept-Encoding and Host if they were missing.
     """
     return {
         **request.headers,
@@ -1307,15 +1307,16 @@ def _check_body_size(body: Union[bytes, bytearray]) -> None:
 
 
 def _check_header_lines(headers: http.client.HTTPMessage) -> None:
-    """Raise if a header line is malformed.
-
-    http.client gives only the header lines to Python's e-mail parser, and
-    never the body of the response. The parser does not raise at a malformed
-    line. It records a defect, or it takes this line and all later ones as the
-    body of an e-mail, which get_payload() returns. So both must be empty.
-    """
-    lost_headers = headers.get_payload()
-    if headers.defects or lost_headers:
+    """Raise if a header line is malformed."""
+    # http.client parses the header lines with Python's e-mail parser. That
+    # parser never raises. It lists most malformed lines in headers.defects.
+    if headers.defects:
+        raise http.client.HTTPException("a header is malformed")
+    # At the other malformed lines, the parser stops, and get_payload() returns
+    # the header lines that are left. (It cannot return the body of the
+    # response, because the body has not been read yet.)
+    unparsed_lines = headers.get_payload()
+    if unparsed_lines:
         raise http.client.HTTPException("a header is malformed")
 
 
@@ -1495,8 +1496,9 @@ def send(request: Request, *, timeout: float = DEFAULT_TIMEOUT) -> Response:
     """Send a request from build_request once, and return the response.
 
     The response may have any status from 200 on. The body of a 2xx response is
-    always complete. The body of any other response may be incomplete: it is
-    empty if reading failed, and may be cut off if nothing shows where it ends.
+    always complete. The body of any other response may be incomplete. It is
+    empty if reading failed. It may be cut off if the response has neither a
+    Content-Length nor chunks.
 
     timeout is in seconds. It limits each of these steps, not the whole call:
     - connect (the timeout starts again for each address that is tried)
@@ -1504,14 +1506,13 @@ def send(request: Request, *, timeout: float = DEFAULT_TIMEOUT) -> Response:
     - receive the response of the proxy
     - begin TLS, if the URL is https
     - send the headers
-    - send the body (over https, the timeout starts again for each TLS
-      record of 16 KB)
+    - send the body (over https, each TLS record of 16 KB is a step)
     - receive the whole response
     Looking up the addresses of the host has no timeout.
 
     Raises NotSentError or UnknownOutcomeError. Raises ValueError if timeout is
-    not a number above 0 and at most 86400 (a day). After a
-    KeyboardInterrupt, the request may have been executed.
+    not a number above 0 and at most 86400 (a day). After a KeyboardInterrupt,
+    the request may have been executed.
     """
     _check_timeout(timeout)
     endpoint = (os.getpid(), request.type, request.host)
@@ -1556,8 +1557,8 @@ def _decode_or_raise(built: Request, response: Response) -> Any:
     try:
         body = _decode(response.body)
     except Exception as error:  # such as MemoryError
-        # The request has been sent. After that, request() raises only a
-        # BPXError (see its docstring).
+        # The request has been sent. If the error passed through unchanged, the
+        # caller of request() would conclude that nothing was sent.
         raise UnknownOutcomeError(built, _describe_error(error)) from error
     if _is_error(response.status):
         raise APIError(built, response.status, body, response.headers)
@@ -1645,7 +1646,7 @@ example:
 exit status:
   0  The HTTP status was 2xx (orders of a batch may have failed even then), or
      a dry run succeeded.
-  1  APIError with the HTTP status 3xx or 4xx, except 408: the request was not
+  1  APIError with the HTTP status 3xx or 4xx, but not 408. The request was not
      executed.
   2  Nothing was sent: a wrong argument, a missing key or module, a dry run
      that failed, or an interrupt while the input was read.
@@ -1673,9 +1674,9 @@ def _redirect_to_null_device(descriptor: int) -> None:
     """Make a file descriptor discard what is written to it.
 
     Call this if printing has failed. The text is then still in a buffer.
-    Without this call, Python would try to print it once more at exit, fail again,
-    and exit with the status 120. Python's documentation recommends this in
-    "Note on SIGPIPE" (module signal).
+    Without this call, Python would try to print it once more at exit, fail
+    again, and exit with the status 120. Python's documentation recommends such
+    a redirection in "Note on SIGPIPE" (module signal).
     """
     with open(os.devnull, "wb") as null_device:
         os.dup2(null_device.fileno(), descriptor)
@@ -1851,7 +1852,7 @@ def _read_params(args: argparse.Namespace) -> Any:
             raise ValueError("--json -: standard input is closed")
         text = sys.stdin.buffer.read()
     params = _parse_json("--json", text)
-    # build_request would take None as no parameters.
+    # build_request would treat null like no parameters.
     if params is None:
         raise ValueError("--json: pass an object or a list, not null")
     return params
