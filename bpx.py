@@ -297,8 +297,8 @@ def _describe_response(status: int, code: Any, message: Any) -> str:
     """Return the status, the code and the message as one text."""
     words = [str(status)]
     for field in (code, message):
-        # Leave out lists and dicts, which would be hard to read. Cut long
-        # text, because the server may send a whole web page.
+        # Leave out None, and also lists and dicts, which would be hard to
+        # read. Cut long text, because the server may send a whole web page.
         if isinstance(field, (str, int, float)):
             words.append(str(field)[:_MAX_SHOWN_LENGTH])
     return " ".join(words)
@@ -943,7 +943,8 @@ def build_request(
 # --- 4. Transport: sends a request once, and keeps the connection ---
 #
 # This part uses http.client and not urllib.request.urlopen, because urlopen
-# - opens a new connection for each request, which takes two more round trips,
+# - opens a new connection for each request, which takes two more round trips
+#   (one for TCP and one for TLS),
 # - follows redirects, and so could send the signature to another host,
 # - has no limit for the total time of a response.
 #
@@ -1074,9 +1075,9 @@ class _RequestWriter(http.client.HTTPConnection):
 def _headers_to_send(request: Request) -> Dict[str, str]:
     """Return the headers of a request, with Accept-Encoding and Host.
 
-    request.headers has neither of these two, because build_request refuses
-    them, so none is sent twice. http.client adds Content-Length. It would also
-    add its own Accept-Encoding and Host if they were missing.
+    Without these two, http.client would add its own. request.headers does not
+    have them yet, because build_request refuses them. http.client also adds
+    Content-Length.
     """
     return {
         **request.headers,
@@ -1307,21 +1308,24 @@ def _check_body_size(body: Union[bytes, bytearray]) -> None:
 
 
 def _check_header_lines(headers: http.client.HTTPMessage) -> None:
-    """Raise if a header line is malformed."""
-    # http.client parses the header lines with Python's e-mail parser. That
-    # parser never raises. It lists most malformed lines in headers.defects.
-    if headers.defects:
-        raise http.client.HTTPException("a header is malformed")
-    # At the other malformed lines, the parser stops, and get_payload() returns
-    # the header lines that are left. (It cannot return the body of the
-    # response, because the body has not been read yet.)
-    unparsed_lines = headers.get_payload()
-    if unparsed_lines:
+    """Raise if a header line is malformed.
+
+    http.client gives the header lines to Python's e-mail parser, which never
+    raises. At a malformed line, the parser does one of two things:
+    - It notes the line in headers.defects, and goes on.
+    - It stops. Then headers.get_payload() returns the lines that are left.
+    Only header lines are given to the parser. So if all of them are well
+    formed, nothing is noted, and no line is left.
+    """
+    if headers.defects or headers.get_payload():
         raise http.client.HTTPException("a header is malformed")
 
 
 def _check_length_headers(headers: http.client.HTTPMessage) -> None:
-    """Raise if more than one header says where the body ends."""
+    """Raise if more than one header says where the body ends.
+
+    They could contradict each other.
+    """
     content_lengths = headers.get_all("Content-Length", [])
     transfer_encodings = headers.get_all("Transfer-Encoding", [])
     if len(content_lengths) + len(transfer_encodings) > 1:
@@ -1506,7 +1510,7 @@ def send(request: Request, *, timeout: float = DEFAULT_TIMEOUT) -> Response:
     - receive the response of the proxy
     - begin TLS, if the URL is https
     - send the headers
-    - send the body (over https, each TLS record of 16 KB is a step)
+    - send the body (over https, the timeout starts again for every 16 KB)
     - receive the whole response
     Looking up the addresses of the host has no timeout.
 
@@ -1558,7 +1562,8 @@ def _decode_or_raise(built: Request, response: Response) -> Any:
         body = _decode(response.body)
     except Exception as error:  # such as MemoryError
         # The request has been sent. If the error passed through unchanged, the
-        # caller of request() would conclude that nothing was sent.
+        # caller of request() would conclude from the docstring of request that
+        # nothing was sent.
         raise UnknownOutcomeError(built, _describe_error(error)) from error
     if _is_error(response.status):
         raise APIError(built, response.status, body, response.headers)
@@ -1689,7 +1694,8 @@ def _fail(status: int, message: str) -> NoReturn:
         # sys.stderr is None if it was closed before Python started.
         if sys.stderr is not None:
             print(line, file=sys.stderr, flush=True)
-    except (OSError, ValueError):  # ValueError if closed after the start
+    except (OSError, ValueError):
+        # ValueError means that sys.stderr was closed later.
         _redirect_to_null_device(_STANDARD_ERROR)
     sys.exit(status)
 
@@ -1790,8 +1796,8 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
 def _dict_of_unique_names(pairs: List[Tuple[str, Any]]) -> Dict[str, Any]:
     """Return the dict of these pairs; raise if a name is repeated.
 
-    json.loads is told to call this for each object. By default, it would
-    silently use the last value of a repeated name.
+    _parse_json tells json.loads to call this for each JSON object. By default,
+    json.loads silently uses the last value of a repeated name.
     """
     mapping = {}
     for name, value in pairs:
