@@ -956,12 +956,12 @@ def build_request(
 #
 # Only the socket is kept. All other objects are new for each request:
 #   sending:    request -> _RequestWriter -> socket
-#   receiving:  socket -> _ResponseStream -> read buffer -> HTTPResponse
+#   receiving:  socket -> _ResponseStream -> _ReadBuffer -> HTTPResponse
 #
 # A server could send extra bytes after a response. They must not be mistaken
 # for the next response:
-# - If they are in the read buffer of the HTTPResponse, they are discarded with
-#   the buffer, and do no harm. The connection is kept.
+# - If they are already in the _ReadBuffer, they are discarded with it, and do
+#   no harm. The connection is kept.
 # - If they are still in the socket, _is_stale finds them before the next
 #   request. The connection is closed.
 # One case remains: extra bytes that come after this check cannot be
@@ -983,7 +983,7 @@ class Response(NamedTuple):
 class _ResponseStream(io.RawIOBase):
     """The stream from which an HTTPResponse reads.
 
-    socket -> _ResponseStream -> read buffer -> HTTPResponse
+    socket -> _ResponseStream -> _ReadBuffer -> HTTPResponse
 
     It differs from sock.makefile() in two ways:
     - A single time limit covers the whole response. (With makefile(), the
@@ -1005,13 +1005,13 @@ class _ResponseStream(io.RawIOBase):
         self._deadline = time.monotonic() + timeout
         self._is_close_accepted = False
 
-    def readable(self) -> bool:  # The read buffer requires this.
+    def readable(self) -> bool:  # _ReadBuffer requires this.
         return True
 
     def readinto(self, buffer: Any) -> int:
         """Receive bytes into the buffer, and return their number (0: the end).
 
-        The read buffer calls this when it needs more bytes.
+        _ReadBuffer calls this when it needs more bytes.
         """
         remaining = self._deadline - time.monotonic()
         if remaining <= 0:
@@ -1029,6 +1029,21 @@ class _ResponseStream(io.RawIOBase):
         self._is_close_accepted = True
 
 
+class _ReadBuffer(io.BufferedReader):
+    """The read buffer between a _ResponseStream and an HTTPResponse."""
+
+    def readline(self, limit: Optional[int] = -1) -> bytes:
+        """Return a line, with a space for each bare carriage return.
+
+        A carriage return is bare if no line feed follows it. The replacement
+        is that of RFC 9112, section 2.2. Without it, http.client would take a
+        bare carriage return for the end of a line.
+        """
+        line = super().readline(limit)
+        # The last two bytes are the end of the line.
+        return line[:-2].replace(b"\r", b" ") + line[-2:]
+
+
 class _FakeSocket:
     """What an HTTPResponse gets in place of a socket.
 
@@ -1039,9 +1054,9 @@ class _FakeSocket:
         self._stream = stream
         self._buffer_size = buffer_size
 
-    def makefile(self, mode: str) -> io.BufferedReader:
+    def makefile(self, mode: str) -> _ReadBuffer:
         """Return the stream with a read buffer. (mode is always "rb".)"""
-        return io.BufferedReader(self._stream, self._buffer_size)
+        return _ReadBuffer(self._stream, self._buffer_size)
 
 
 def _make_http_response(
@@ -1075,8 +1090,9 @@ class _RequestWriter(http.client.HTTPConnection):
 def _headers_to_send(request: Request) -> Dict[str, str]:
     """Return the headers of a request, with Accept-Encoding and Host.
 
-    Without these two, http.client would add its own. request.headers does not
-    have them yet, because build_request refuses them. http.client also adds
+    build_request never sets these two headers, and does not let the caller set
+    them (see _RESERVED_HEADERS). If they were missing, http.client would send
+    "Accept-Encoding: identity" and "Host: unused". http.client itself adds
     Content-Length.
     """
     return {
@@ -1150,8 +1166,8 @@ def _write_connect(
     connection: http.client.HTTPConnection, target: str, proxy: _Proxy
 ) -> None:
     """Send a CONNECT request for the target (HOST:PORT) to the proxy."""
-    # By default, putrequest sends the Host of the proxy. With skip_host, it
-    # does not, and the Host of the target is sent below.
+    # putrequest would send the Host of the proxy. Skip it, and send the Host of
+    # the target below.
     connection.putrequest(
         "CONNECT", target, skip_host=True, skip_accept_encoding=True
     )
@@ -1310,14 +1326,9 @@ def _check_body_size(body: Union[bytes, bytearray]) -> None:
 def _check_header_lines(headers: http.client.HTTPMessage) -> None:
     """Raise if a header line is malformed.
 
-    http.client gives the header lines to Python's e-mail parser, which never
-    raises. At a malformed line, the parser does one of two things:
-    - It notes the line in headers.defects, and goes on.
-    - It stops. Then headers.get_payload() returns the lines that are left.
-    Only header lines are given to the parser. So if all of them are well
-    formed, nothing is noted, and no line is left.
+    http.client does not raise then. It lists the line in headers.defects.
     """
-    if headers.defects or headers.get_payload():
+    if headers.defects:
         raise http.client.HTTPException("a header is malformed")
 
 
@@ -1561,9 +1572,9 @@ def _decode_or_raise(built: Request, response: Response) -> Any:
     try:
         body = _decode(response.body)
     except Exception as error:  # such as MemoryError
-        # The request has been sent. If the error passed through unchanged, the
-        # caller of request() would conclude from the docstring of request that
-        # nothing was sent.
+        # request() promises that any Exception other than a BPXError means
+        # that nothing was sent. Here, the request has been sent, so the error
+        # must become a BPXError.
         raise UnknownOutcomeError(built, _describe_error(error)) from error
     if _is_error(response.status):
         raise APIError(built, response.status, body, response.headers)
