@@ -1019,6 +1019,7 @@ class _ResponseStream(io.RawIOBase):
         self._sock.settimeout(remaining)
         size: int = self._sock.recv_into(buffer)
         if size == 0 and not self._is_close_accepted:
+            # More bytes are needed, so the response is not complete yet.
             raise EOFError(
                 "the connection was closed before the response ended"
             )
@@ -1029,19 +1030,19 @@ class _ResponseStream(io.RawIOBase):
         self._is_close_accepted = True
 
 
+_BARE_CARRIAGE_RETURN = re.compile(rb"\r(?!\n)")  # no line feed follows it
+
+
 class _ReadBuffer(io.BufferedReader):
     """The read buffer between a _ResponseStream and an HTTPResponse."""
 
     def readline(self, limit: Optional[int] = -1) -> bytes:
-        """Return a line, with a space for each bare carriage return.
+        """Return a line. Replace each bare carriage return in it by a space.
 
-        A carriage return is bare if no line feed follows it. The replacement
-        is that of RFC 9112, section 2.2. Without it, http.client would take a
+        RFC 9112, section 2.2, allows this. Otherwise, http.client would take a
         bare carriage return for the end of a line.
         """
-        line = super().readline(limit)
-        # The last two bytes are the end of the line.
-        return line[:-2].replace(b"\r", b" ") + line[-2:]
+        return _BARE_CARRIAGE_RETURN.sub(b" ", super().readline(limit))
 
 
 class _FakeSocket:
@@ -1166,8 +1167,8 @@ def _write_connect(
     connection: http.client.HTTPConnection, target: str, proxy: _Proxy
 ) -> None:
     """Send a CONNECT request for the target (HOST:PORT) to the proxy."""
-    # putrequest would send the Host of the proxy. Skip it, and send the Host of
-    # the target below.
+    # putrequest would send the Host of the proxy. Skip it, and send the Host
+    # of the target below.
     connection.putrequest(
         "CONNECT", target, skip_host=True, skip_accept_encoding=True
     )
@@ -1326,7 +1327,8 @@ def _check_body_size(body: Union[bytes, bytearray]) -> None:
 def _check_header_lines(headers: http.client.HTTPMessage) -> None:
     """Raise if a header line is malformed.
 
-    http.client does not raise then. It lists the line in headers.defects.
+    http.client does not raise for such a line. It adds an entry to
+    headers.defects.
     """
     if headers.defects:
         raise http.client.HTTPException("a header is malformed")
@@ -1508,12 +1510,12 @@ def _check_timeout(timeout: Any) -> None:
 
 
 def send(request: Request, *, timeout: float = DEFAULT_TIMEOUT) -> Response:
-    """Send a request from build_request once, and return the response.
+    """Send a request once, and return the response.
 
-    The response may have any status from 200 on. The body of a 2xx response is
-    always complete. The body of any other response may be incomplete. It is
-    empty if reading failed. It may be cut off if the response has neither a
-    Content-Length nor chunks.
+    Pass the result of build_request. The response may have any status from 200
+    on. The body of a 2xx response is always complete. The body of any other
+    response may be incomplete: either it is empty, because reading failed, or
+    it may be cut off, because there is neither a Content-Length nor chunks.
 
     timeout is in seconds. It limits each of these steps, not the whole call:
     - connect (the timeout starts again for each address that is tried)
@@ -1706,7 +1708,7 @@ def _fail(status: int, message: str) -> NoReturn:
         if sys.stderr is not None:
             print(line, file=sys.stderr, flush=True)
     except (OSError, ValueError):
-        # ValueError means that sys.stderr was closed later.
+        # ValueError means that sys.stderr was closed after Python started.
         _redirect_to_null_device(_STANDARD_ERROR)
     sys.exit(status)
 
@@ -1807,8 +1809,8 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
 def _dict_of_unique_names(pairs: List[Tuple[str, Any]]) -> Dict[str, Any]:
     """Return the dict of these pairs; raise if a name is repeated.
 
-    _parse_json tells json.loads to call this for each JSON object. By default,
-    json.loads silently uses the last value of a repeated name.
+    This is used for the name=text pairs, and for each object in JSON, because
+    by default, json.loads silently uses the last value of a repeated name.
     """
     mapping = {}
     for name, value in pairs:
