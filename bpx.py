@@ -53,6 +53,7 @@ of each operation. This module has no WebSocket streams and no rate limiter,
 and it never repeats a request. It uses the environment variables https_proxy
 and no_proxy, and on Windows and macOS also the proxy in the settings of the
 system. Python's ssl module also reads some variables, such as SSL_CERT_FILE.
+The command line reads BPX_SECRET_KEY.
 """
 
 import argparse
@@ -127,8 +128,8 @@ _MAX_SHOWN_LENGTH = 300
 # The parameters of a request: None, a mapping of names to values, or (for a
 # batch of orders) a list or tuple of such mappings.
 #
-# The type is Sequence and not List, because type checkers would not accept a
-# List[Dict] as a List[Mapping] (List is invariant).
+# The type of a batch is Sequence and not List, because type checkers would not
+# accept a List[Dict] as a List[Mapping].
 Params = Union[Mapping[str, Any], Sequence[Mapping[str, Any]], None]
 
 # Every signed operation in the exchange's documentation, in the same order.
@@ -259,7 +260,7 @@ class NotSentError(BPXError):
 
 
 class UnknownOutcomeError(BPXError):
-    """Sending began, but no complete and valid response was received.
+    """Sending began, but no valid response was received and decoded.
 
     The exchange may have executed the request. An APIError with the status
     408 or 5xx is just as uncertain: it also has outcome_unknown = True.
@@ -270,9 +271,10 @@ class UnknownOutcomeError(BPXError):
        until that time has passed, and some seconds more, because the clocks
        may differ. The timestamp and the window are in error.request.headers,
        with the names "X-timestamp" and "X-window" (urllib changes the case).
-    2. Search for the clientId: GET /api/v1/order finds an open order with it,
-       and GET /wapi/v1/history/orders lists filled and cancelled orders. If
-       neither has it, look again later, because the history could be late.
+    2. Search for the clientId: GET /api/v1/order finds an order that is still
+       open, and GET /wapi/v1/history/orders lists filled and cancelled orders.
+       If neither has the order, look again later, because the history could be
+       late.
     """
 
     outcome_unknown = True
@@ -654,7 +656,10 @@ def _from_base64(text: str) -> Optional[bytes]:
 # Cached, because loading a key takes as long as signing a request.
 @functools.lru_cache(maxsize=8)
 def _load_key(secret_key: str) -> Tuple[Any, str]:
-    """Return the nacl.signing.SigningKey and the API key of a secret key."""
+    """Return the nacl.signing.SigningKey for a secret key, and the API key.
+
+    The API key is the base64 of the public key.
+    """
     try:
         from nacl.signing import SigningKey
     except ImportError as error:
@@ -960,9 +965,9 @@ def build_request(
 #
 # A server could send extra bytes after a response. They must not be mistaken
 # for the next response:
-# - If they are already in the _ReadBuffer, they are discarded with it, and do
-#   no harm. The connection is kept.
-# - If they are still in the socket, _is_stale finds them before the next
+# - Those that are already in the _ReadBuffer are discarded with it, and do no
+#   harm. The connection is kept.
+# - Those that are still in the socket are found by _is_stale before the next
 #   request. The connection is closed.
 # One case remains: extra bytes that come after this check cannot be
 # distinguished from the next response.
@@ -1009,9 +1014,9 @@ class _ResponseStream(io.RawIOBase):
         return True
 
     def readinto(self, buffer: Any) -> int:
-        """Receive bytes into the buffer, and return their number (0: the end).
+        """Receive bytes into the buffer, and return their number.
 
-        _ReadBuffer calls this when it needs more bytes.
+        Return 0 only after accept_close(), if the connection is closed.
         """
         remaining = self._deadline - time.monotonic()
         if remaining <= 0:
@@ -1019,7 +1024,8 @@ class _ResponseStream(io.RawIOBase):
         self._sock.settimeout(remaining)
         size: int = self._sock.recv_into(buffer)
         if size == 0 and not self._is_close_accepted:
-            # More bytes are needed, so the response is not complete yet.
+            # HTTPResponse never asks for bytes after the end of a response.
+            # So this response is not complete yet.
             raise EOFError(
                 "the connection was closed before the response ended"
             )
@@ -1039,8 +1045,9 @@ class _ReadBuffer(io.BufferedReader):
     def readline(self, limit: Optional[int] = -1) -> bytes:
         """Return a line. Replace each bare carriage return in it by a space.
 
-        RFC 9112, section 2.2, allows this. Otherwise, http.client would take a
-        bare carriage return for the end of a line.
+        RFC 9112, section 2.2, allows this. Otherwise, one header line could
+        become two: http.client passes the header lines to Python's e-mail
+        parser, which also ends a line at a bare carriage return.
         """
         return _BARE_CARRIAGE_RETURN.sub(b" ", super().readline(limit))
 
@@ -1514,8 +1521,8 @@ def send(request: Request, *, timeout: float = DEFAULT_TIMEOUT) -> Response:
 
     Pass the result of build_request. The response may have any status from 200
     on. The body of a 2xx response is always complete. The body of any other
-    response may be incomplete: either it is empty, because reading failed, or
-    it may be cut off, because there is neither a Content-Length nor chunks.
+    response is empty if reading it failed, and may be cut off if the response
+    has neither a Content-Length nor chunks.
 
     timeout is in seconds. It limits each of these steps, not the whole call:
     - connect (the timeout starts again for each address that is tried)
@@ -1523,7 +1530,7 @@ def send(request: Request, *, timeout: float = DEFAULT_TIMEOUT) -> Response:
     - receive the response of the proxy
     - begin TLS, if the URL is https
     - send the headers
-    - send the body (over https, the timeout starts again for every 16 KB)
+    - send the body (over https, the timeout starts again for each TLS record)
     - receive the whole response
     Looking up the addresses of the host has no timeout.
 
@@ -1574,9 +1581,8 @@ def _decode_or_raise(built: Request, response: Response) -> Any:
     try:
         body = _decode(response.body)
     except Exception as error:  # such as MemoryError
-        # request() promises that any Exception other than a BPXError means
-        # that nothing was sent. Here, the request has been sent, so the error
-        # must become a BPXError.
+        # The request has been sent. A plain exception from request() would
+        # mean that nothing was sent, so raise a BPXError.
         raise UnknownOutcomeError(built, _describe_error(error)) from error
     if _is_error(response.status):
         raise APIError(built, response.status, body, response.headers)
