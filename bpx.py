@@ -965,8 +965,8 @@ def build_request(
 #
 # A server could send extra bytes after a response. They must not be mistaken
 # for the next response:
-# - Those that are already in the _ReadBuffer are discarded with it, and do no
-#   harm. The connection is kept.
+# - Those in the _ReadBuffer do no harm, because it is discarded after the
+#   response. The connection is kept.
 # - Those that are still in the socket are found by _is_stale before the next
 #   request. The connection is closed.
 # One case remains: extra bytes that come after this check cannot be
@@ -1016,7 +1016,8 @@ class _ResponseStream(io.RawIOBase):
     def readinto(self, buffer: Any) -> int:
         """Receive bytes into the buffer, and return their number.
 
-        Return 0 only after accept_close(), if the connection is closed.
+        _ReadBuffer calls this when it needs more bytes. If the connection is
+        closed then, raise EOFError or, after accept_close(), return 0.
         """
         remaining = self._deadline - time.monotonic()
         if remaining <= 0:
@@ -1024,8 +1025,6 @@ class _ResponseStream(io.RawIOBase):
         self._sock.settimeout(remaining)
         size: int = self._sock.recv_into(buffer)
         if size == 0 and not self._is_close_accepted:
-            # HTTPResponse never asks for bytes after the end of a response.
-            # So this response is not complete yet.
             raise EOFError(
                 "the connection was closed before the response ended"
             )
@@ -1045,9 +1044,9 @@ class _ReadBuffer(io.BufferedReader):
     def readline(self, limit: Optional[int] = -1) -> bytes:
         """Return a line. Replace each bare carriage return in it by a space.
 
-        RFC 9112, section 2.2, allows this. Otherwise, one header line could
-        become two: http.client passes the header lines to Python's e-mail
-        parser, which also ends a line at a bare carriage return.
+        Without this, one header line could become two headers: http.client
+        passes the lines to Python's e-mail parser, which also ends a line at a
+        bare carriage return. RFC 9112, section 2.2, allows the replacement.
         """
         return _BARE_CARRIAGE_RETURN.sub(b" ", super().readline(limit))
 
@@ -1476,7 +1475,7 @@ def _receive(sock: Any, method: str, timeout: float) -> Tuple[Response, bool]:
     response = _make_http_response(stream, method)
     response.begin()  # receives the status and the headers
     if response.status < 200:
-        # http.client skips the status 100, but not 101 and the others.
+        # http.client skips the status 100, but not the other 1xx.
         raise http.client.HTTPException(f"unexpected status {response.status}")
     if _is_error(response.status):
         body = _read_error_body(response, stream)
@@ -1521,8 +1520,8 @@ def send(request: Request, *, timeout: float = DEFAULT_TIMEOUT) -> Response:
 
     Pass the result of build_request. The response may have any status from 200
     on. The body of a 2xx response is always complete. The body of any other
-    response is empty if reading it failed, and may be cut off if the response
-    has neither a Content-Length nor chunks.
+    response is empty if it could not be read. It may be cut off if there is
+    neither a Content-Length nor chunks.
 
     timeout is in seconds. It limits each of these steps, not the whole call:
     - connect (the timeout starts again for each address that is tried)
@@ -1581,8 +1580,6 @@ def _decode_or_raise(built: Request, response: Response) -> Any:
     try:
         body = _decode(response.body)
     except Exception as error:  # such as MemoryError
-        # The request has been sent. A plain exception from request() would
-        # mean that nothing was sent, so raise a BPXError.
         raise UnknownOutcomeError(built, _describe_error(error)) from error
     if _is_error(response.status):
         raise APIError(built, response.status, body, response.headers)
@@ -1815,8 +1812,8 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
 def _dict_of_unique_names(pairs: List[Tuple[str, Any]]) -> Dict[str, Any]:
     """Return the dict of these pairs; raise if a name is repeated.
 
-    This is used for the name=text pairs, and for each object in JSON, because
-    by default, json.loads silently uses the last value of a repeated name.
+    This is used for the name=text pairs and for each object in JSON. (By
+    default, json.loads silently uses the last value of a repeated name.)
     """
     mapping = {}
     for name, value in pairs:
