@@ -1016,8 +1016,9 @@ class _ResponseStream(io.RawIOBase):
     def readinto(self, buffer: Any) -> int:
         """Receive bytes into the buffer, and return their number.
 
-        _ReadBuffer calls this when it needs more bytes. If the connection is
-        closed then, raise EOFError or, after accept_close(), return 0.
+        _ReadBuffer calls this when it needs more bytes. If the server has
+        closed the connection, raise EOFError. After accept_close(), return 0
+        instead.
         """
         remaining = self._deadline - time.monotonic()
         if remaining <= 0:
@@ -1047,6 +1048,10 @@ class _ReadBuffer(io.BufferedReader):
         Without this, one header line could become two headers: http.client
         passes the lines to Python's e-mail parser, which also ends a line at a
         bare carriage return. RFC 9112, section 2.2, allows the replacement.
+
+        The body is not changed, because HTTPResponse reads it with other
+        methods. It calls readline for the status line, the header lines and
+        the lines between chunks.
         """
         return _BARE_CARRIAGE_RETURN.sub(b" ", super().readline(limit))
 
@@ -1098,7 +1103,7 @@ def _headers_to_send(request: Request) -> Dict[str, str]:
     """Return the headers of a request, with Accept-Encoding and Host.
 
     build_request never sets these two headers, and does not let the caller set
-    them (see _RESERVED_HEADERS). If they were missing, http.client would send
+    them (see _RESERVED_HEADERS). Without this function, http.client would send
     "Accept-Encoding: identity" and "Host: unused". http.client itself adds
     Content-Length.
     """
@@ -1276,8 +1281,9 @@ class _IdleConnections:
     _ThreadLocal (below) creates this object for each thread. When the thread
     ends, Python deletes the object.
 
-    An endpoint is (process id, scheme, HOST or HOST:PORT). The process id is
-    there so that a forked child does not use the connections of its parent.
+    An endpoint is the tuple (process id, scheme, HOST or HOST:PORT). The
+    process id is there so that a forked child does not use the connections of
+    its parent.
     """
 
     def __init__(self) -> None:
@@ -1518,10 +1524,9 @@ def _check_timeout(timeout: Any) -> None:
 def send(request: Request, *, timeout: float = DEFAULT_TIMEOUT) -> Response:
     """Send a request once, and return the response.
 
-    Pass the result of build_request. The response may have any status from 200
-    on. The body of a 2xx response is always complete. The body of any other
-    response is empty if it could not be read. It may be cut off if there is
-    neither a Content-Length nor chunks.
+    Pass the result of build_request. The status may be any from 200 on. The
+    body of a 2xx response is always complete. Any other body is empty if it
+    could not be read, and may be cut off if the response has no known length.
 
     timeout is in seconds. It limits each of these steps, not the whole call:
     - connect (the timeout starts again for each address that is tried)
@@ -1529,8 +1534,9 @@ def send(request: Request, *, timeout: float = DEFAULT_TIMEOUT) -> Response:
     - receive the response of the proxy
     - begin TLS, if the URL is https
     - send the headers
-    - send the body (over https, the timeout starts again for each TLS record)
+    - send the body
     - receive the whole response
+    Over https, the timeout for sending starts again for each TLS record.
     Looking up the addresses of the host has no timeout.
 
     Raises NotSentError or UnknownOutcomeError. Raises ValueError if timeout is
@@ -1711,7 +1717,8 @@ def _fail(status: int, message: str) -> NoReturn:
         if sys.stderr is not None:
             print(line, file=sys.stderr, flush=True)
     except (OSError, ValueError):
-        # ValueError means that sys.stderr was closed after Python started.
+        # ValueError means that sys.stderr was closed after Python started. The
+        # redirection does no harm then.
         _redirect_to_null_device(_STANDARD_ERROR)
     sys.exit(status)
 
@@ -1972,7 +1979,8 @@ def _run(
     except KeyboardInterrupt:
         _fail(4, "interrupted (the request may have been executed)")
     except Exception as error:
-        # It is not a BPXError, so it was raised before sending began.
+        # Any error other than a BPXError means that nothing was sent (see the
+        # docstring of request).
         _fail(2, _describe_error(error))
 
 
