@@ -115,7 +115,7 @@ DEFAULT_WINDOW = 5000  # milliseconds for which a signed request is valid
 MAX_WINDOW = 60000  # milliseconds, the exchange's limit
 DEFAULT_TIMEOUT = 10.0  # seconds for each step of a request (see send)
 MAX_IDLE = 15.0  # seconds after which an idle connection is not used again
-MAX_BODY = 16 * 1024 * 1024  # bytes of a response body
+MAX_BODY = 16 * 1024 * 1024  # bytes; a larger response body is refused
 
 # Messages about arguments hide a text of this length or more, because it could
 # be a secret key that was passed in the wrong place. A key has 44 characters,
@@ -260,7 +260,7 @@ class NotSentError(BPXError):
 
 
 class UnknownOutcomeError(BPXError):
-    """Sending began, but no valid response was received and decoded.
+    """Sending began, but no valid response came, or it could not be decoded.
 
     The exchange may have executed the request. An APIError with the status
     408 or 5xx is just as uncertain: it also has outcome_unknown = True.
@@ -965,10 +965,10 @@ def build_request(
 #
 # A server could send extra bytes after a response. They must not be mistaken
 # for the next response:
-# - Those in the _ReadBuffer do no harm, because it is discarded after the
-#   response. The connection is kept.
-# - Those that are still in the socket are found by _is_stale before the next
-#   request. The connection is closed.
+# - Extra bytes in the _ReadBuffer are discarded together with it, so the
+#   connection can be kept.
+# - Extra bytes in the socket are found by _is_stale before the next request.
+#   Then the connection is closed.
 # One case remains: extra bytes that come after this check cannot be
 # distinguished from the next response.
 
@@ -1196,6 +1196,7 @@ def _read_connect_status(sock: Any, timeout: float) -> int:
     # taken from the socket. What follows belongs to TLS.
     response = _make_http_response(stream, "CONNECT", buffer_size=1)
     response.begin()  # receives the status and the headers
+    # The body of the response is not needed. The socket stays open.
     return response.status
 
 
@@ -1391,7 +1392,10 @@ def _read_to_end(response: http.client.HTTPResponse) -> bytes:
 def _read_raw_body(
     response: http.client.HTTPResponse, stream: _ResponseStream
 ) -> bytes:
-    """Return the body as it was received, perhaps compressed."""
+    """Return the body as it was received, perhaps compressed.
+
+    Raise if the headers are malformed, or if the end of the body is in doubt.
+    """
     _check_header_lines(response.headers)
     _check_length_headers(response.headers)
     if not _has_known_end(response):
@@ -1524,9 +1528,10 @@ def _check_timeout(timeout: Any) -> None:
 def send(request: Request, *, timeout: float = DEFAULT_TIMEOUT) -> Response:
     """Send a request once, and return the response.
 
-    Pass the result of build_request. The status may be any from 200 on. The
-    body of a 2xx response is always complete. Any other body is empty if it
-    could not be read, and may be cut off if the response has no known length.
+    Pass the result of build_request. The status is 200 or higher. The body of
+    a 2xx response is always complete. The body of any other response is empty
+    if it could not be read. It may be cut off if the response has neither a
+    Content-Length nor chunks.
 
     timeout is in seconds. It limits each of these steps, not the whole call:
     - connect (the timeout starts again for each address that is tried)
@@ -1534,9 +1539,8 @@ def send(request: Request, *, timeout: float = DEFAULT_TIMEOUT) -> Response:
     - receive the response of the proxy
     - begin TLS, if the URL is https
     - send the headers
-    - send the body
+    - send the body (over https, the timeout starts again for each TLS record)
     - receive the whole response
-    Over https, the timeout for sending starts again for each TLS record.
     Looking up the addresses of the host has no timeout.
 
     Raises NotSentError or UnknownOutcomeError. Raises ValueError if timeout is
@@ -1716,9 +1720,9 @@ def _fail(status: int, message: str) -> NoReturn:
         # sys.stderr is None if it was closed before Python started.
         if sys.stderr is not None:
             print(line, file=sys.stderr, flush=True)
-    except (OSError, ValueError):
-        # ValueError means that sys.stderr was closed after Python started. The
-        # redirection does no harm then.
+    except ValueError:
+        pass  # sys.stderr was closed after Python started.
+    except OSError:
         _redirect_to_null_device(_STANDARD_ERROR)
     sys.exit(status)
 

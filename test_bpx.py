@@ -1829,7 +1829,8 @@ NOT_PRINTED = "bpx.py: cannot print: {}\n"
 REPLACED = [
     *(("sys.stdout", None, run, status, NOT_PRINTED.format("standard output is closed"), []) for run, status in (([], 4), (["--dry-run"], 2))),
     ("sys.stderr", None, ["--timeout", "0"], 2, "", []),
-    ("sys.stderr", CLOSED, ["--timeout", "0"], 2, "", [2]),
+    ("sys.stderr", CLOSED, ["--timeout", "0"], 2, "", []),
+    ("sys.stderr", mock.Mock(**{"write.side_effect": OSError}), ["--timeout", "0"], 2, "", [2]),
     ("sys.stdout", mock.Mock(**{"write.side_effect": BrokenPipeError}), [], 0, "", [1]),
     *(("sys.stdout", mock.Mock(**{"write.side_effect": error}), run, status, NOT_PRINTED.format(error.__name__), [1]) for error in (MemoryError, KeyboardInterrupt) for run, status in (([], 4), (["--dry-run"], 2))),
     *(("json.dumps", mock.Mock(side_effect=error), [], 4, NOT_PRINTED.format(error.__name__), []) for error in (MemoryError, KeyboardInterrupt)),
@@ -1838,8 +1839,7 @@ REPLACED = [
     ("bpx.request", mock.Mock(side_effect=MemoryError), [], 2, "bpx.py: MemoryError\n", []),
     ("bpx.request", mock.Mock(side_effect=KeyboardInterrupt), [], 4, "bpx.py: interrupted (the request may have been executed)\n", []),
     ("bpx.request", mock.Mock(side_effect=SystemExit(7)), [], 7, "", []),
-    *(("json.loads", mock.Mock(side_effect=MemoryError), run, 2, "bpx.py: MemoryError\n", []) for run in ([], ["--dry-run"])),
-    *(("json.loads", mock.Mock(side_effect=KeyboardInterrupt), run, 2, "bpx.py: interrupted (nothing was sent)\n", []) for run in ([], ["--dry-run"])),
+    *(("json.loads", mock.Mock(side_effect=error), run, 2, f"bpx.py: {text}\n", []) for error, text in ((MemoryError, "MemoryError"), (KeyboardInterrupt, "interrupted (nothing was sent)")) for run in ([], ["--dry-run"])),
     *(("json.loads", mock.Mock(side_effect=SystemExit(7)), run, 7, "", []) for run in ([], ["--dry-run"])),
 ]
 NO_SPACE = "bpx.py: cannot print: OSError: [Errno 28] No space left on device\n"
