@@ -260,7 +260,7 @@ class NotSentError(BPXError):
 
 
 class UnknownOutcomeError(BPXError):
-    """Sending began, but no valid response came, or it could not be decoded.
+    """Sending began, but no complete and valid response was received.
 
     The exchange may have executed the request. An APIError with the status
     408 or 5xx is just as uncertain: it also has outcome_unknown = True.
@@ -965,8 +965,8 @@ def build_request(
 #
 # A server could send extra bytes after a response. They must not be mistaken
 # for the next response:
-# - Extra bytes in the _ReadBuffer are discarded together with it, so the
-#   connection can be kept.
+# - Extra bytes in the _ReadBuffer do no harm, because each response has its own
+#   buffer, which is then discarded. The connection is kept.
 # - Extra bytes in the socket are found by _is_stale before the next request.
 #   Then the connection is closed.
 # One case remains: extra bytes that come after this check cannot be
@@ -1196,7 +1196,8 @@ def _read_connect_status(sock: Any, timeout: float) -> int:
     # taken from the socket. What follows belongs to TLS.
     response = _make_http_response(stream, "CONNECT", buffer_size=1)
     response.begin()  # receives the status and the headers
-    # The body of the response is not needed. The socket stays open.
+    # The body of the response is not needed. Deleting the response does not
+    # close the socket.
     return response.status
 
 
@@ -1508,6 +1509,7 @@ def _send_and_receive(
         headers = _headers_to_send(request)
         writer = _RequestWriter(sock)
         sock.settimeout(timeout)
+        # This sends the headers, and then the body. The timeout is for each.
         writer.request(method, request.selector, request.data, headers)
         return _receive(sock, method, timeout)
     except BaseException:
@@ -1530,8 +1532,8 @@ def send(request: Request, *, timeout: float = DEFAULT_TIMEOUT) -> Response:
 
     Pass the result of build_request. The status is 200 or higher. The body of
     a 2xx response is always complete. The body of any other response is empty
-    if it could not be read. It may be cut off if the response has neither a
-    Content-Length nor chunks.
+    if it could not be read. Such a body may be cut off if the response has
+    neither a Content-Length nor chunks.
 
     timeout is in seconds. It limits each of these steps, not the whole call:
     - connect (the timeout starts again for each address that is tried)
@@ -1769,6 +1771,8 @@ def _make_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("method", metavar="METHOD", type=str.upper, help="such as GET")
     add("path", metavar="PATH", help="such as /api/v1/order")
+    # Without a default, argparse counts name=text as required. Then, if PATH
+    # is missing, the error says that name=text is missing, too.
     add(
         "pairs", metavar="name=text", nargs="*", default=[], help="a parameter"
     )
