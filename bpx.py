@@ -965,8 +965,8 @@ def build_request(
 #
 # A server could send extra bytes after a response. They must not be mistaken
 # for the next response:
-# - Extra bytes in the _ReadBuffer do no harm, because each response has its own
-#   buffer, which is then discarded. The connection is kept.
+# - Extra bytes in the _ReadBuffer do no harm, because each response has its
+#   own buffer, which is then discarded. The connection is kept.
 # - Extra bytes in the socket are found by _is_stale before the next request.
 #   Then the connection is closed.
 # One case remains: extra bytes that come after this check cannot be
@@ -999,7 +999,8 @@ class _ResponseStream(io.RawIOBase):
       http.client may accept a response that is cut off.)
 
     If a response has neither a Content-Length nor chunks, the server ends it
-    by closing the connection. To receive such a response, call accept_close().
+    by closing the connection. To receive such a response, _read_raw_body calls
+    accept_close().
 
     HTTPResponse closes the stream at the end of the body. Closing the stream
     does not close the socket, so the socket can be used again.
@@ -1226,6 +1227,7 @@ def _open_tunnel(
         if status != 200:
             raise OSError(f"the proxy has answered {status}")
         sock.settimeout(timeout)  # _ResponseStream has set a shorter one.
+        # wrap_socket takes over the socket, and closes it if TLS fails.
         return context.wrap_socket(sock, server_hostname=server_name)
     except BaseException:
         sock.close()
@@ -1452,7 +1454,7 @@ def _read_error_body(
 ) -> Optional[bytes]:
     """Return the body of an error, or None if it cannot be read.
 
-    The status of an error is enough, so its body is not required.
+    The status already says that there was an error, so the body is not needed.
     """
     try:
         return _read_body(response, stream)
@@ -1531,9 +1533,9 @@ def send(request: Request, *, timeout: float = DEFAULT_TIMEOUT) -> Response:
     """Send a request once, and return the response.
 
     Pass the result of build_request. The status is 200 or higher. The body of
-    a 2xx response is always complete. The body of any other response is empty
-    if it could not be read. Such a body may be cut off if the response has
-    neither a Content-Length nor chunks.
+    a 2xx response is always complete. For any other status, the body is empty
+    if it could not be read, and it may be cut off if the response has neither
+    a Content-Length nor chunks.
 
     timeout is in seconds. It limits each of these steps, not the whole call:
     - connect (the timeout starts again for each address that is tried)
@@ -1771,8 +1773,8 @@ def _make_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("method", metavar="METHOD", type=str.upper, help="such as GET")
     add("path", metavar="PATH", help="such as /api/v1/order")
-    # Without a default, argparse counts name=text as required. Then, if PATH
-    # is missing, the error says that name=text is missing, too.
+    # default=[] only corrects an error message: if PATH is missing, argparse
+    # would otherwise list name=text as required, too.
     add(
         "pairs", metavar="name=text", nargs="*", default=[], help="a parameter"
     )
@@ -1863,8 +1865,8 @@ def _parse_pair(pair: str) -> Tuple[str, Any]:
         name = name[:-1]
     if not name or not separator:
         raise ValueError(f"pass name=text or name:=json, not {_quoted(pair)}")
-    # A secret key has 43 characters and a final "=". If it is passed here by
-    # mistake, it is split at its "=", and the 43 characters become the name.
+    # A secret key has 44 characters, and the last one is "=". If it is passed
+    # here by mistake, it is split there, and 43 characters become the name.
     if _is_long(name):
         raise ValueError("pass a shorter name; this one could be a secret key")
     if name == "BPX_SECRET_KEY":
