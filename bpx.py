@@ -999,8 +999,8 @@ class _ResponseStream(io.RawIOBase):
       http.client may accept a response that is cut off.)
 
     If a response has neither a Content-Length nor chunks, the server ends it
-    by closing the connection. To receive such a response, _read_raw_body calls
-    accept_close().
+    by closing the connection. Such a response is accepted only if it is an
+    error: then _read_raw_body calls accept_close().
 
     HTTPResponse closes the stream at the end of the body. Closing the stream
     does not close the socket, so the socket can be used again.
@@ -1193,8 +1193,8 @@ def _write_connect(
 def _read_connect_status(sock: Any, timeout: float) -> int:
     """Return the status of the response to a CONNECT request."""
     stream = _ResponseStream(sock, timeout)
-    # buffer_size=1: read byte by byte, so that nothing after the headers is
-    # taken from the socket. What follows belongs to TLS.
+    # With a _ReadBuffer of one byte, nothing after the headers is taken from
+    # the socket. The bytes after the headers belong to TLS.
     response = _make_http_response(stream, "CONNECT", buffer_size=1)
     response.begin()  # receives the status and the headers
     # The body of the response is not needed. Deleting the response does not
@@ -1227,7 +1227,8 @@ def _open_tunnel(
         if status != 200:
             raise OSError(f"the proxy has answered {status}")
         sock.settimeout(timeout)  # _ResponseStream has set a shorter one.
-        # wrap_socket takes over the socket, and closes it if TLS fails.
+        # wrap_socket detaches sock, so that sock.close() below does nothing.
+        # If TLS fails, wrap_socket itself closes the connection.
         return context.wrap_socket(sock, server_hostname=server_name)
     except BaseException:
         sock.close()
@@ -1397,7 +1398,8 @@ def _read_raw_body(
 ) -> bytes:
     """Return the body as it was received, perhaps compressed.
 
-    Raise if the headers are malformed, or if the end of the body is in doubt.
+    Raise if the headers are malformed or contradictory, or if a success has no
+    known end.
     """
     _check_header_lines(response.headers)
     _check_length_headers(response.headers)
@@ -1511,7 +1513,8 @@ def _send_and_receive(
         headers = _headers_to_send(request)
         writer = _RequestWriter(sock)
         sock.settimeout(timeout)
-        # This sends the headers, and then the body. The timeout is for each.
+        # This sends the headers, and then the body. The timeout starts again
+        # for the body.
         writer.request(method, request.selector, request.data, headers)
         return _receive(sock, method, timeout)
     except BaseException:
@@ -1745,6 +1748,7 @@ def _print_text(text: str, failure_status: int) -> None:
     except BrokenPipeError:
         _redirect_to_null_device(_STANDARD_OUTPUT)
     except (Exception, KeyboardInterrupt) as error:
+        # Text may still be in the buffer.
         _redirect_to_null_device(_STANDARD_OUTPUT)
         _fail(failure_status, f"cannot print: {_describe_error(error)}")
 
@@ -1771,10 +1775,11 @@ def _make_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
+    # The method is in upper case for _find_instruction.
     add("method", metavar="METHOD", type=str.upper, help="such as GET")
     add("path", metavar="PATH", help="such as /api/v1/order")
-    # default=[] only corrects an error message: if PATH is missing, argparse
-    # would otherwise list name=text as required, too.
+    # Without default=[], args.pairs would be [], too. But argparse would count
+    # name=text as required, and say so if PATH is missing.
     add(
         "pairs", metavar="name=text", nargs="*", default=[], help="a parameter"
     )
@@ -1865,8 +1870,8 @@ def _parse_pair(pair: str) -> Tuple[str, Any]:
         name = name[:-1]
     if not name or not separator:
         raise ValueError(f"pass name=text or name:=json, not {_quoted(pair)}")
-    # A secret key has 44 characters, and the last one is "=". If it is passed
-    # here by mistake, it is split there, and 43 characters become the name.
+    # A secret key has 44 characters, and the last one is "=". If a key is
+    # passed by mistake, its first 43 characters become the name.
     if _is_long(name):
         raise ValueError("pass a shorter name; this one could be a secret key")
     if name == "BPX_SECRET_KEY":
