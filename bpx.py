@@ -1193,8 +1193,8 @@ def _write_connect(
 def _read_connect_status(sock: Any, timeout: float) -> int:
     """Return the status of the response to a CONNECT request."""
     stream = _ResponseStream(sock, timeout)
-    # With a _ReadBuffer of one byte, nothing after the headers is taken from
-    # the socket. The bytes after the headers belong to TLS.
+    # A larger buffer could take bytes from the socket that come after the
+    # headers. They belong to TLS, and would be lost with the buffer.
     response = _make_http_response(stream, "CONNECT", buffer_size=1)
     response.begin()  # receives the status and the headers
     # The body of the response is not needed. Deleting the response does not
@@ -1227,10 +1227,10 @@ def _open_tunnel(
         if status != 200:
             raise OSError(f"the proxy has answered {status}")
         sock.settimeout(timeout)  # _ResponseStream has set a shorter one.
-        # wrap_socket detaches sock, so that sock.close() below does nothing.
-        # If TLS fails, wrap_socket itself closes the connection.
         return context.wrap_socket(sock, server_hostname=server_name)
     except BaseException:
+        # If the proxy has failed, this closes the connection. If TLS has
+        # failed, wrap_socket has already closed it, and this does nothing.
         sock.close()
         raise
 
@@ -1775,11 +1775,11 @@ def _make_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    # The method is in upper case for _find_instruction.
+    # Upper case, because _read_secret_key looks the method up in INSTRUCTIONS.
     add("method", metavar="METHOD", type=str.upper, help="such as GET")
     add("path", metavar="PATH", help="such as /api/v1/order")
-    # Without default=[], args.pairs would be [], too. But argparse would count
-    # name=text as required, and say so if PATH is missing.
+    # default=[] is only for the error message: without it, if PATH is missing,
+    # argparse would say that PATH and name=text are required.
     add(
         "pairs", metavar="name=text", nargs="*", default=[], help="a parameter"
     )
