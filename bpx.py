@@ -355,10 +355,9 @@ def _plain_str(text: str) -> str:
 #
 # First the parameters are normalized: they are converted to dict, list, str,
 # int and bool, and every None is left out. The signed text and the request
-# that is sent are both made from the normalized values, so they agree, except
-# in one case: if the value of a parameter is an empty list, a JSON body
-# contains the parameter, but the signed text does not. (A list is signed as
-# one pair for each item, so an empty list gives no pair.)
+# that is sent are both made from the normalized values, so they agree. There
+# is one exception. A list is signed as one pair for each item, so an empty
+# list gives no pair. But a JSON body contains the empty list.
 
 _INSTRUCTION_PATTERN = re.compile("[A-Za-z0-9]+")
 
@@ -966,7 +965,7 @@ def build_request(
 # A server could send extra bytes after a response. They must not be mistaken
 # for the next response:
 # - Extra bytes in the _ReadBuffer do no harm, because each response has its
-#   own buffer, which is then discarded. The connection is kept.
+#   own buffer, which is discarded after the response.
 # - Extra bytes in the socket are found by _is_stale before the next request.
 #   Then the connection is closed.
 # One case remains: extra bytes that come after this check cannot be
@@ -999,8 +998,8 @@ class _ResponseStream(io.RawIOBase):
       http.client may accept a response that is cut off.)
 
     If a response has neither a Content-Length nor chunks, the server ends it
-    by closing the connection. Such a response is accepted only if it is an
-    error: then _read_raw_body calls accept_close().
+    by closing the connection. Such a response is accepted only if its
+    status is 300 or higher: then _read_raw_body calls accept_close().
 
     HTTPResponse closes the stream at the end of the body. Closing the stream
     does not close the socket, so the socket can be used again.
@@ -1193,8 +1192,8 @@ def _write_connect(
 def _read_connect_status(sock: Any, timeout: float) -> int:
     """Return the status of the response to a CONNECT request."""
     stream = _ResponseStream(sock, timeout)
-    # A larger buffer could take bytes from the socket that come after the
-    # headers. They belong to TLS, and would be lost with the buffer.
+    # With a buffer of one byte, nothing after the headers is taken from the
+    # socket. What follows belongs to TLS.
     response = _make_http_response(stream, "CONNECT", buffer_size=1)
     response.begin()  # receives the status and the headers
     # The body of the response is not needed. Deleting the response does not
@@ -1226,11 +1225,9 @@ def _open_tunnel(
         status = _read_connect_status(sock, timeout)
         if status != 200:
             raise OSError(f"the proxy has answered {status}")
-        sock.settimeout(timeout)  # _ResponseStream has set a shorter one.
+        sock.settimeout(timeout)  # Reading the status has shortened it.
         return context.wrap_socket(sock, server_hostname=server_name)
     except BaseException:
-        # If the proxy has failed, this closes the connection. If TLS has
-        # failed, wrap_socket has already closed it, and this does nothing.
         sock.close()
         raise
 
@@ -1775,11 +1772,8 @@ def _make_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    # Upper case, because _read_secret_key looks the method up in INSTRUCTIONS.
     add("method", metavar="METHOD", type=str.upper, help="such as GET")
     add("path", metavar="PATH", help="such as /api/v1/order")
-    # default=[] is only for the error message: without it, if PATH is missing,
-    # argparse would say that PATH and name=text are required.
     add(
         "pairs", metavar="name=text", nargs="*", default=[], help="a parameter"
     )
