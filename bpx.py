@@ -356,8 +356,8 @@ def _plain_str(text: str) -> str:
 # First the parameters are normalized: they are converted to dict, list, str,
 # int and bool, and every None is left out. The signed text and the request
 # that is sent are both made from the normalized values, so they agree. There
-# is one exception. A list is signed as one pair for each item, so an empty
-# list gives no pair. But a JSON body contains the empty list.
+# is one exception: an empty list is in the JSON body, but not in the signed
+# text, because a list is signed as one pair for each item.
 
 _INSTRUCTION_PATTERN = re.compile("[A-Za-z0-9]+")
 
@@ -998,8 +998,7 @@ class _ResponseStream(io.RawIOBase):
       http.client may accept a response that is cut off.)
 
     If a response has neither a Content-Length nor chunks, the server ends it
-    by closing the connection. Such a response is accepted only if its
-    status is 300 or higher: then _read_raw_body calls accept_close().
+    by closing the connection. To receive such a response, call accept_close().
 
     HTTPResponse closes the stream at the end of the body. Closing the stream
     does not close the socket, so the socket can be used again.
@@ -1225,7 +1224,8 @@ def _open_tunnel(
         status = _read_connect_status(sock, timeout)
         if status != 200:
             raise OSError(f"the proxy has answered {status}")
-        sock.settimeout(timeout)  # Reading the status has shortened it.
+        # Restore the timeout of the socket, which _ResponseStream has shortened.
+        sock.settimeout(timeout)
         return context.wrap_socket(sock, server_hostname=server_name)
     except BaseException:
         sock.close()
@@ -1395,8 +1395,8 @@ def _read_raw_body(
 ) -> bytes:
     """Return the body as it was received, perhaps compressed.
 
-    Raise if the headers are malformed or contradictory, or if a success has no
-    known end.
+    Raise if the headers are malformed or contradictory, or if the body of a
+    success has no known end.
     """
     _check_header_lines(response.headers)
     _check_length_headers(response.headers)
