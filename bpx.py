@@ -997,8 +997,8 @@ class _ResponseStream(io.RawIOBase):
       reading raises EOFError. (With makefile(), reading just ends, and
       http.client may accept a response that is cut off.)
 
-    If a response has neither a Content-Length nor chunks, the server ends it
-    by closing the connection. To receive such a response, call accept_close().
+    If a body has neither a Content-Length nor chunks, the server ends it by
+    closing the connection. To receive such a body, call accept_close().
 
     HTTPResponse closes the stream at the end of the body. Closing the stream
     does not close the socket, so the socket can be used again.
@@ -1224,7 +1224,7 @@ def _open_tunnel(
         status = _read_connect_status(sock, timeout)
         if status != 200:
             raise OSError(f"the proxy has answered {status}")
-        # Restore the timeout of the socket, which _ResponseStream has shortened.
+        # Restore the socket's timeout, which _ResponseStream has shortened.
         sock.settimeout(timeout)
         return context.wrap_socket(sock, server_hostname=server_name)
     except BaseException:
@@ -1453,7 +1453,7 @@ def _read_error_body(
 ) -> Optional[bytes]:
     """Return the body of an error, or None if it cannot be read.
 
-    The status already says that there was an error, so the body is not needed.
+    The status alone is enough to report the error.
     """
     try:
         return _read_body(response, stream)
