@@ -1050,7 +1050,7 @@ class _ReadBuffer(io.BufferedReader):
 
         The body is not changed, because HTTPResponse reads it with other
         methods. It calls readline for the status line, the header lines and
-        the lines between chunks.
+        the lines between chunks, and it refuses a line that reaches the limit.
         """
         return _BARE_CARRIAGE_RETURN.sub(b" ", super().readline(limit))
 
@@ -1294,7 +1294,7 @@ class _IdleConnections:
         self._by_endpoint: Dict[Any, Tuple[Any, float]] = {}
 
     def put(self, endpoint: Any, sock: Any) -> None:
-        """Keep a connected socket."""
+        """Keep a connected socket. (take has removed the one before it.)"""
         self._by_endpoint[endpoint] = (sock, time.monotonic())
 
     def take(self, endpoint: Any) -> Any:
@@ -1351,7 +1351,7 @@ def _check_header_lines(headers: http.client.HTTPMessage) -> None:
 def _check_length_headers(headers: http.client.HTTPMessage) -> None:
     """Raise if more than one header says where the body ends.
 
-    They could contradict each other.
+    Two such headers could contradict each other.
     """
     content_lengths = headers.get_all("Content-Length", [])
     transfer_encodings = headers.get_all("Transfer-Encoding", [])
