@@ -357,7 +357,7 @@ def _plain_str(text: str) -> str:
 # int and bool, and every None is left out. The signed text and the request
 # that is sent are both made from the normalized values, so they agree. There
 # is one exception: an empty list is in the JSON body, but not in the signed
-# text, because a list is signed as one pair for each item.
+# text. (A list is signed as one pair for each item, and it has no item.)
 
 _INSTRUCTION_PATTERN = re.compile("[A-Za-z0-9]+")
 
@@ -1035,7 +1035,8 @@ class _ResponseStream(io.RawIOBase):
         self._is_close_accepted = True
 
 
-_BARE_CARRIAGE_RETURN = re.compile(rb"\r(?!\n)")  # no line feed follows it
+# Another byte than a line feed follows it.
+_BARE_CARRIAGE_RETURN = re.compile(rb"\r(?=[^\n])")
 
 
 class _ReadBuffer(io.BufferedReader):
@@ -1050,7 +1051,7 @@ class _ReadBuffer(io.BufferedReader):
 
         The body is not changed, because HTTPResponse reads it with other
         methods. It calls readline for the status line, the header lines and
-        the lines between chunks, and it refuses a line that reaches the limit.
+        the lines between chunks.
         """
         return _BARE_CARRIAGE_RETURN.sub(b" ", super().readline(limit))
 
@@ -1294,7 +1295,10 @@ class _IdleConnections:
         self._by_endpoint: Dict[Any, Tuple[Any, float]] = {}
 
     def put(self, endpoint: Any, sock: Any) -> None:
-        """Keep a connected socket. (take has removed the one before it.)"""
+        """Keep a connected socket.
+
+        The caller has called take first, so the endpoint has no other socket.
+        """
         self._by_endpoint[endpoint] = (sock, time.monotonic())
 
     def take(self, endpoint: Any) -> Any:
