@@ -357,7 +357,7 @@ def _plain_str(text: str) -> str:
 # int and bool, and every None is left out. The signed text and the request
 # that is sent are both made from the normalized values, so they agree. There
 # is one exception: an empty list is in the JSON body, but not in the signed
-# text. (A list is signed as one pair for each item, and it has no item.)
+# text. (A list is signed as one pair for each item, so it gives no pair.)
 
 _INSTRUCTION_PATTERN = re.compile("[A-Za-z0-9]+")
 
@@ -1035,7 +1035,7 @@ class _ResponseStream(io.RawIOBase):
         self._is_close_accepted = True
 
 
-# Another byte than a line feed follows it.
+# A carriage return that is followed by a byte other than a line feed.
 _BARE_CARRIAGE_RETURN = re.compile(rb"\r(?=[^\n])")
 
 
@@ -1049,9 +1049,9 @@ class _ReadBuffer(io.BufferedReader):
         passes the lines to Python's e-mail parser, which also ends a line at a
         bare carriage return. RFC 9112, section 2.2, allows the replacement.
 
-        The body is not changed, because HTTPResponse reads it with other
-        methods. It calls readline for the status line, the header lines and
-        the lines between chunks.
+        HTTPResponse calls readline for the status line, the header lines and
+        the lines between chunks. It reads the body with other methods, so the
+        body is not changed.
         """
         return _BARE_CARRIAGE_RETURN.sub(b" ", super().readline(limit))
 
@@ -1294,13 +1294,6 @@ class _IdleConnections:
         # became idle.
         self._by_endpoint: Dict[Any, Tuple[Any, float]] = {}
 
-    def put(self, endpoint: Any, sock: Any) -> None:
-        """Keep a connected socket.
-
-        The caller has called take first, so the endpoint has no other socket.
-        """
-        self._by_endpoint[endpoint] = (sock, time.monotonic())
-
     def take(self, endpoint: Any) -> Any:
         """Remove and return the socket for an endpoint.
 
@@ -1315,6 +1308,13 @@ class _IdleConnections:
             sock.close()
             return None
         return sock
+
+    def put(self, endpoint: Any, sock: Any) -> None:
+        """Keep a connected socket.
+
+        send has called take first, so the endpoint has no other socket.
+        """
+        self._by_endpoint[endpoint] = (sock, time.monotonic())
 
     def __del__(self) -> None:
         # Python would close the sockets, too, but with a ResourceWarning.
@@ -1538,8 +1538,8 @@ def send(request: Request, *, timeout: float = DEFAULT_TIMEOUT) -> Response:
 
     Pass the result of build_request. The status is 200 or higher. The body of
     a 2xx response is always complete. For any other status, the body is empty
-    if it could not be read, and it may be cut off if the response has neither
-    a Content-Length nor chunks.
+    if reading it failed. A body with neither a Content-Length nor chunks may
+    be cut off, and nothing shows this.
 
     timeout is in seconds. It limits each of these steps, not the whole call:
     - connect (the timeout starts again for each address that is tried)
