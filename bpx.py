@@ -357,7 +357,7 @@ def _plain_str(text: str) -> str:
 # int and bool, and every None is left out. The signed text and the request
 # that is sent are both made from the normalized values, so they agree. There
 # is one exception: an empty list is in the JSON body, but not in the signed
-# text. (A list is signed as one pair for each item, so it gives no pair.)
+# text. (A list is signed as one pair for each item, and there is no item.)
 
 _INSTRUCTION_PATTERN = re.compile("[A-Za-z0-9]+")
 
@@ -1538,8 +1538,8 @@ def send(request: Request, *, timeout: float = DEFAULT_TIMEOUT) -> Response:
 
     Pass the result of build_request. The status is 200 or higher. The body of
     a 2xx response is always complete. For any other status, the body is empty
-    if reading it failed. A body with neither a Content-Length nor chunks may
-    be cut off, and nothing shows this.
+    if reading it failed, and it may be cut off without any sign of this if it
+    has neither a Content-Length nor chunks.
 
     timeout is in seconds. It limits each of these steps, not the whole call:
     - connect (the timeout starts again for each address that is tried)
