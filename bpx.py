@@ -357,7 +357,8 @@ def _plain_str(text: str) -> str:
 # int and bool, and every None is left out. The signed text and the request
 # that is sent are both made from the normalized values, so they agree. There
 # is one exception: an empty list is in the JSON body, but not in the signed
-# text. (A list is signed as one pair for each item, and there is no item.)
+# text. (A list is signed as one pair for each item, so an empty list gives no
+# pair.)
 
 _INSTRUCTION_PATTERN = re.compile("[A-Za-z0-9]+")
 
