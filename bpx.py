@@ -1538,9 +1538,9 @@ def send(request: Request, *, timeout: float = DEFAULT_TIMEOUT) -> Response:
     """Send a request once, and return the response.
 
     Pass the result of build_request. The status is 200 or higher. The body of
-    a 2xx response is always complete. For any other status, the body is empty
-    if reading it failed, and it may be cut off without any sign of this if it
-    has neither a Content-Length nor chunks.
+    a 2xx response is always complete. For any other status, there are two
+    exceptions. If reading the body failed, it is empty. If it has neither a
+    Content-Length nor chunks, a part may be missing, and nothing shows this.
 
     timeout is in seconds. It limits each of these steps, not the whole call:
     - connect (the timeout starts again for each address that is tried)
