@@ -133,7 +133,7 @@ _MAX_SHOWN_LENGTH = 300
 Params = Union[Mapping[str, Any], Sequence[Mapping[str, Any]], None]
 
 # Every signed operation in the exchange's documentation, in the same order.
-# For an operation that is not in this table, pass the argument instruction.
+# For an operation that is not in this table, pass its instruction yourself.
 INSTRUCTIONS = {
     "GET /api/v1/account": "accountQuery",
     "PATCH /api/v1/account": "accountUpdate",
@@ -230,8 +230,8 @@ class APIError(BPXError):
     response. If body is a dict, code and message are taken from it. Otherwise,
     code is None, and message is body.
 
-    outcome_unknown is True for 408 and 5xx: a gateway may send such a status
-    even if the exchange has executed the request.
+    outcome_unknown is True for 408, and for 500 or higher: a gateway may send
+    such a status even if the exchange has executed the request.
     """
 
     def __init__(
@@ -593,7 +593,7 @@ def _make_canonical_string(
             f"not {_describe_value(window)}"
         )
     # instruction=<instruction>&<name>=<value>&...&timestamp=<ms>&window=<ms>
-    # (A batch: instruction=...&<order 1>&instruction=...&<order 2>&...)
+    # In a batch, each order begins with its own instruction=<instruction>.
     parts = []
     for mapping in mappings:
         parts.append(f"instruction={instruction}")
@@ -1387,8 +1387,8 @@ def _read_to_end(response: http.client.HTTPResponse) -> bytes:
     while True:
         size = response.readinto(part)
         # 0 means the end of the body. If the connection is closed before the
-        # end, _ResponseStream raises EOFError. (After accept_close(),
-        # a closed connection is the end of the body.)
+        # end, _ResponseStream raises EOFError. (After accept_close(), a closed
+        # connection is the end of the body.)
         if size == 0:
             return bytes(body)
         body += part[:size]
@@ -1599,6 +1599,9 @@ def _decode_or_raise(built: Request, response: Response) -> Any:
     try:
         body = _decode(response.body)
     except Exception as error:  # such as MemoryError
+        # request() promises that nothing was sent if it raises an Exception
+        # that is not a BPXError. Here, the request has been sent already, so
+        # convert the error.
         raise UnknownOutcomeError(built, _describe_error(error)) from error
     if _is_error(response.status):
         raise APIError(built, response.status, body, response.headers)
