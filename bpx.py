@@ -51,9 +51,9 @@ signing.
 There are no functions such as place_order: you pass the method and the path
 of each operation. This module has no WebSocket streams and no rate limiter,
 and it never repeats a request. It uses the environment variables https_proxy
-and no_proxy, and on Windows and macOS also the proxy in the settings of the
-system. Python's ssl module also reads some variables, such as SSL_CERT_FILE.
-The command line reads BPX_SECRET_KEY.
+and no_proxy. On Windows and macOS, if these are not set, it uses the proxy in
+the settings of the system. Python's ssl module also reads some variables, such
+as SSL_CERT_FILE. The command line reads BPX_SECRET_KEY.
 """
 
 import argparse
@@ -1538,9 +1538,8 @@ def send(request: Request, *, timeout: float = DEFAULT_TIMEOUT) -> Response:
     """Send a request once, and return the response.
 
     Pass the result of build_request. The status is 200 or higher. The body of
-    a 2xx response is always complete. For any other status, there are two
-    exceptions. If reading the body failed, it is empty. If it has neither a
-    Content-Length nor chunks, a part may be missing, and nothing shows this.
+    a 2xx response is always complete. For any other status, the body may be
+    incomplete, or empty if it could not be read.
 
     timeout is in seconds. It limits each of these steps, not the whole call:
     - connect (the timeout starts again for each address that is tried)
