@@ -51,9 +51,9 @@ signing.
 There are no functions such as place_order: you pass the method and the path
 of each operation. This module has no WebSocket streams and no rate limiter,
 and it never repeats a request. It uses the environment variables https_proxy
-and no_proxy. On Windows and macOS, if these are not set, it uses the proxy in
-the settings of the system. Python's ssl module also reads some variables, such
-as SSL_CERT_FILE. The command line reads BPX_SECRET_KEY.
+and no_proxy. On Windows and macOS, if no proxy variable is set, it uses the
+proxy in the settings of the system. Python's ssl module also reads some
+variables, such as SSL_CERT_FILE. The command line reads BPX_SECRET_KEY.
 """
 
 import argparse
@@ -1311,9 +1311,10 @@ class _IdleConnections:
         return sock
 
     def put(self, endpoint: Any, sock: Any) -> None:
-        """Keep a connected socket.
+        """Keep a connected socket for the next request to its endpoint.
 
-        send has called take first, so the endpoint has no other socket.
+        This overwrites no other socket, because send has called take first,
+        and take has removed the old one.
         """
         self._by_endpoint[endpoint] = (sock, time.monotonic())
 
