@@ -51,9 +51,9 @@ signing.
 There are no functions such as place_order: you pass the method and the path
 of each operation. This module has no WebSocket streams and no rate limiter,
 and it never repeats a request. It uses the environment variables https_proxy
-and no_proxy. On Windows and macOS, if no proxy variable is set, it uses the
-proxy in the settings of the system. Python's ssl module also reads some
-variables, such as SSL_CERT_FILE. The command line reads BPX_SECRET_KEY.
+and no_proxy. On Windows and macOS, if none of the proxy variables is set, it
+uses the proxy in the settings of the system. Python's ssl module also reads
+some variables, such as SSL_CERT_FILE. The command line reads BPX_SECRET_KEY.
 """
 
 import argparse
@@ -1046,9 +1046,10 @@ class _ReadBuffer(io.BufferedReader):
     def readline(self, limit: Optional[int] = -1) -> bytes:
         """Return a line. Replace each bare carriage return in it by a space.
 
-        Without this, one header line could become two headers: http.client
-        passes the lines to Python's e-mail parser, which also ends a line at a
-        bare carriage return. RFC 9112, section 2.2, allows the replacement.
+        readline ends a line at a line feed. http.client then passes the header
+        lines to Python's e-mail parser, which would also end a line at a bare
+        carriage return. So without the replacement, one header line could
+        become two headers. RFC 9112, section 2.2, allows the replacement.
 
         HTTPResponse calls readline for the status line, the header lines and
         the lines between chunks. It reads the body with other methods, so the
@@ -1548,7 +1549,7 @@ def send(request: Request, *, timeout: float = DEFAULT_TIMEOUT) -> Response:
     - receive the response of the proxy
     - begin TLS, if the URL is https
     - send the headers
-    - send the body (over https, the timeout starts again for each TLS record)
+    - send the body (over https, the timeout starts again for each 16 KB)
     - receive the whole response
     Looking up the addresses of the host has no timeout.
 
@@ -1599,9 +1600,8 @@ def _decode_or_raise(built: Request, response: Response) -> Any:
     try:
         body = _decode(response.body)
     except Exception as error:  # such as MemoryError
-        # request() promises that nothing was sent if it raises an Exception
-        # that is not a BPXError. Here, the request has been sent already, so
-        # convert the error.
+        # To a caller, any error other than a BPXError means that nothing was
+        # sent. But the request has been sent already, so raise a BPXError.
         raise UnknownOutcomeError(built, _describe_error(error)) from error
     if _is_error(response.status):
         raise APIError(built, response.status, body, response.headers)
