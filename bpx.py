@@ -51,9 +51,10 @@ signing.
 There are no functions such as place_order: you pass the method and the path
 of each operation. This module has no WebSocket streams and no rate limiter,
 and it never repeats a request. It uses the environment variables https_proxy
-and no_proxy. On Windows and macOS, if none of the proxy variables is set, it
-uses the proxy in the settings of the system. Python's ssl module also reads
-some variables, such as SSL_CERT_FILE. The command line reads BPX_SECRET_KEY.
+and no_proxy. On Windows and macOS, if no variable whose name ends in _proxy is
+set, it uses the proxy in the settings of the system. Python's ssl module also
+reads some variables, such as SSL_CERT_FILE. The command line reads
+BPX_SECRET_KEY.
 """
 
 import argparse
@@ -1169,8 +1170,7 @@ def _find_proxy(host: str) -> Optional[_Proxy]:
 def _open_socket(connection: http.client.HTTPConnection) -> Any:
     """Connect an HTTPConnection, and return its socket.
 
-    The caller may drop the HTTPConnection: deleting it does not close the
-    socket.
+    The socket stays open after Python has deleted the HTTPConnection.
     """
     connection.connect()
     return connection.sock
