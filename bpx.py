@@ -1312,11 +1312,8 @@ class _IdleConnections:
         return sock
 
     def put(self, endpoint: Any, sock: Any) -> None:
-        """Keep a connected socket for the next request to its endpoint.
-
-        This overwrites no other socket, because send has called take first,
-        and take has removed the old one.
-        """
+        """Keep a connected socket for the next request to its endpoint."""
+        # take() has already removed the previous socket of this endpoint.
         self._by_endpoint[endpoint] = (sock, time.monotonic())
 
     def __del__(self) -> None:
@@ -1600,8 +1597,8 @@ def _decode_or_raise(built: Request, response: Response) -> Any:
     try:
         body = _decode(response.body)
     except Exception as error:  # such as MemoryError
-        # To a caller, any error other than a BPXError means that nothing was
-        # sent. But the request has been sent already, so raise a BPXError.
+        # The request has been sent. Any error other than a BPXError would tell
+        # the caller that nothing was sent (see the docstring of request).
         raise UnknownOutcomeError(built, _describe_error(error)) from error
     if _is_error(response.status):
         raise APIError(built, response.status, body, response.headers)
