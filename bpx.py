@@ -51,9 +51,9 @@ signing.
 There are no functions such as place_order: you pass the method and the path
 of each operation. This module has no WebSocket streams and no rate limiter,
 and it never repeats a request. It uses the environment variables https_proxy
-and no_proxy. On Windows and macOS, if no variable whose name ends in _proxy is
-set, it uses the proxy in the settings of the system. Python's ssl module also
-reads some variables, such as SSL_CERT_FILE. The command line reads
+and no_proxy. On Windows and macOS, it uses the proxy in the settings of the
+system, unless a variable whose name ends in _proxy is set. Python's ssl module
+also reads some variables, such as SSL_CERT_FILE. The command line reads
 BPX_SECRET_KEY.
 """
 
@@ -616,8 +616,8 @@ def canonical_string(
     instruction is the exchange's name for the operation, such as
     "orderExecute". params is a mapping, or a list of mappings for a batch of
     orders, or None if there are no parameters. A parameter that is None is
-    left out, and so is a None in a list. timestamp (Unix time) and window are
-    in milliseconds.
+    left out, and so is a None in a list of values. timestamp (Unix time) and
+    window are in milliseconds.
 
     In the text of a batch, each order has its own instruction=..., followed by
     its parameters. The timestamp and the window come once, at the end.
@@ -1017,9 +1017,9 @@ class _ResponseStream(io.RawIOBase):
     def readinto(self, buffer: Any) -> int:
         """Receive bytes into the buffer, and return their number.
 
-        _ReadBuffer calls this when it needs more bytes. If the server has
-        closed the connection, raise EOFError. After accept_close(), return 0
-        instead.
+        _ReadBuffer calls this when it needs more bytes of the response. If the
+        server has closed the connection instead of sending them, raise
+        EOFError. After accept_close(), return 0 instead.
         """
         remaining = self._deadline - time.monotonic()
         if remaining <= 0:
@@ -1597,8 +1597,7 @@ def _decode_or_raise(built: Request, response: Response) -> Any:
     try:
         body = _decode(response.body)
     except Exception as error:  # such as MemoryError
-        # The request has been sent. Any error other than a BPXError would tell
-        # the caller that nothing was sent (see the docstring of request).
+        # The request has been sent, so raise an error that says this.
         raise UnknownOutcomeError(built, _describe_error(error)) from error
     if _is_error(response.status):
         raise APIError(built, response.status, body, response.headers)
@@ -2010,7 +2009,7 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     """Run the command line; if it fails, exit with a status that --help lists.
 
     argv is a list of str, by default sys.argv[1:]. If printing to standard
-    output or standard error fails, that stream is redirected to the null
+    output or standard error fails, that stream may be redirected to the null
     device for the rest of the process.
     """
     # parse_intermixed_args allows options between the parameters.
