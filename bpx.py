@@ -50,11 +50,10 @@ signing.
 
 There are no functions such as place_order: you pass the method and the path
 of each operation. This module has no WebSocket streams and no rate limiter,
-and it never repeats a request. It uses the environment variables https_proxy
-and no_proxy. On Windows and macOS, it uses the proxy in the settings of the
-system, unless a variable whose name ends in _proxy is set. Python's ssl module
-also reads some variables, such as SSL_CERT_FILE. The command line reads
-BPX_SECRET_KEY.
+and it never repeats a request. It takes the proxy from the environment
+variables https_proxy and no_proxy, or else from the settings of Windows or
+macOS. Python's ssl module also reads some variables, such as SSL_CERT_FILE.
+The command line reads BPX_SECRET_KEY.
 """
 
 import argparse
