@@ -51,9 +51,9 @@ signing.
 There are no functions such as place_order: you pass the method and the path
 of each operation. This module has no WebSocket streams and no rate limiter,
 and it never repeats a request. It takes the proxy from the environment
-variables https_proxy and no_proxy, or else from the settings of Windows or
-macOS. Python's ssl module also reads some variables, such as SSL_CERT_FILE.
-The command line reads BPX_SECRET_KEY.
+variable https_proxy (except for the hosts in no_proxy), or else from the
+settings of Windows or macOS. Python's ssl module also reads some variables,
+such as SSL_CERT_FILE. The command line reads BPX_SECRET_KEY.
 """
 
 import argparse
@@ -954,10 +954,10 @@ def build_request(
 # - has no limit for the total time of a response.
 #
 # Each thread keeps one idle connection for each scheme, host and port. It is
-# closed when the thread ends. If it was idle for MAX_IDLE, or if something has
-# arrived on it, the next request closes it and opens another one. After a
-# failure, a connection is never kept, because a late response could be
-# mistaken for the response to the next request.
+# closed when the thread ends. If it was idle for MAX_IDLE, or if the server
+# has closed it or sent something on it, the next request closes it and opens
+# another one. After a failure, a connection is never kept, because a late
+# response could be mistaken for the response to the next request.
 #
 # Only the socket is kept. All other objects are new for each request:
 #   sending:    request -> _RequestWriter -> socket
@@ -1017,8 +1017,8 @@ class _ResponseStream(io.RawIOBase):
         """Receive bytes into the buffer, and return their number.
 
         _ReadBuffer calls this when it needs more bytes of the response. If the
-        server has closed the connection instead of sending them, raise
-        EOFError. After accept_close(), return 0 instead.
+        server has closed the connection, raise EOFError, or return 0 if
+        accept_close() was called.
         """
         remaining = self._deadline - time.monotonic()
         if remaining <= 0:
@@ -1166,15 +1166,6 @@ def _find_proxy(host: str) -> Optional[_Proxy]:
     return _Proxy(f"{match['host']}:{port}", headers)
 
 
-def _open_socket(connection: http.client.HTTPConnection) -> Any:
-    """Connect an HTTPConnection, and return its socket.
-
-    The socket stays open after Python has deleted the HTTPConnection.
-    """
-    connection.connect()
-    return connection.sock
-
-
 def _write_connect(
     connection: http.client.HTTPConnection, target: str, proxy: _Proxy
 ) -> None:
@@ -1220,7 +1211,8 @@ def _open_tunnel(
     # TLS needs the name of the host without its port.
     server_name = urllib.parse.urlsplit(request.full_url).hostname
     connection = http.client.HTTPConnection(proxy.address, timeout=timeout)
-    sock = _open_socket(connection)
+    connection.connect()
+    sock = connection.sock
     try:
         _write_connect(connection, _host_and_port(request), proxy)
         status = _read_connect_status(sock, timeout)
@@ -1236,21 +1228,20 @@ def _open_tunnel(
 
 def _connect(request: Request, timeout: float) -> Any:
     """Return a socket that is connected to the host of a request."""
-    # build_request allows http only to this machine, so http needs no TLS and
-    # no proxy.
     if request.type == "http":
-        return _open_socket(
-            http.client.HTTPConnection(request.host, timeout=timeout)
-        )
-    context = _tls_context()
-    proxy = _find_proxy(request.host)
-    if proxy is not None:
-        return _open_tunnel(request, proxy, context, timeout)
-    return _open_socket(
-        http.client.HTTPSConnection(
+        # build_request allows http only to this machine, so http needs no TLS
+        # and no proxy.
+        connection = http.client.HTTPConnection(request.host, timeout=timeout)
+    else:
+        context = _tls_context()
+        proxy = _find_proxy(request.host)
+        if proxy is not None:
+            return _open_tunnel(request, proxy, context, timeout)
+        connection = http.client.HTTPSConnection(
             request.host, timeout=timeout, context=context
         )
-    )
+    connection.connect()
+    return connection.sock  # stays open when connection is deleted
 
 
 def _is_stale(sock: Any) -> bool:
@@ -1537,7 +1528,7 @@ def send(request: Request, *, timeout: float = DEFAULT_TIMEOUT) -> Response:
 
     Pass the result of build_request. The status is 200 or higher. The body of
     a 2xx response is always complete. For any other status, the body may be
-    incomplete, or empty if it could not be read.
+    incomplete or empty.
 
     timeout is in seconds. It limits each of these steps, not the whole call:
     - connect (the timeout starts again for each address that is tried)
