@@ -1241,7 +1241,7 @@ def _connect(request: Request, timeout: float) -> Any:
             request.host, timeout=timeout, context=context
         )
     connection.connect()
-    return connection.sock  # stays open when connection is deleted
+    return connection.sock  # It stays open when the connection is deleted.
 
 
 def _is_stale(sock: Any) -> bool:
