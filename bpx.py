@@ -260,7 +260,7 @@ class NotSentError(BPXError):
 
 
 class UnknownOutcomeError(BPXError):
-    """Sending began, but no complete and valid response was received.
+    """Sending began, but the response could not be read or decoded.
 
     The exchange may have executed the request. An APIError with the status
     408 or 5xx is just as uncertain: it also has outcome_unknown = True.
@@ -535,7 +535,7 @@ def _normalize_params(params: Any) -> List[Dict[str, Any]]:
 def _name_value_pairs(mapping: Dict[str, Any]) -> List[Tuple[str, str]]:
     """Return (name, text) pairs, sorted by name.
 
-    A single value gives one pair. A list gives one pair for each item.
+    A list gives one pair for each item. Any other value gives one pair.
     """
     pairs = []
     for name in sorted(mapping):
@@ -1217,7 +1217,7 @@ def _open_tunnel(
         _write_connect(connection, _host_and_port(request), proxy)
         status = _read_connect_status(sock, timeout)
         if status != 200:
-            raise OSError(f"the proxy has answered {status}")
+            raise OSError(f"the proxy responded with status {status}")
         # Restore the socket's timeout, which _ResponseStream has shortened.
         sock.settimeout(timeout)
         return context.wrap_socket(sock, server_hostname=server_name)
@@ -1389,8 +1389,8 @@ def _read_raw_body(
 ) -> bytes:
     """Return the body as it was received, perhaps compressed.
 
-    Raise if the headers are malformed or contradictory, or if the body of a
-    success has no known end.
+    Raise if a header is malformed, if more than one header says where the body
+    ends, or if the body of a success has no known end.
     """
     _check_header_lines(response.headers)
     _check_length_headers(response.headers)

@@ -1195,7 +1195,7 @@ NOT_SENT = [
     ("label over 63", f"https://{'a' * 70}.example", "", []),
     ("silence to TLS", "https://localhost:{plain}", "", []),
     ("proxy refused", TLS, "http://127.0.0.1:1", []),
-    ("proxy, 302", TLS, PROXY, [b"HTTP/1.1 302 No\r\nLocation: /\r\n\r\n"], "OSError: the proxy has answered 302"),
+    ("proxy, 302", TLS, PROXY, [b"HTTP/1.1 302 No\r\nLocation: /\r\n\r\n"], "OSError: the proxy responded with status 302"),
     ("proxy, not HTTP", TLS, PROXY, [b"SSH-2.0-OpenSSH_9.6\r\n\r\n"]),
     *((f"proxy, {step.__name__}", TLS, PROXY, [step]) for step in (close, reset)),
     ("proxy, silence", TLS, PROXY, []),
